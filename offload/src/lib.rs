@@ -14,6 +14,7 @@
 //! | [`control`] | the control socket: JSON lines, peer credentials |
 //! | [`cli`] | command-line conventions of vhost-user backends |
 //! | [`sandbox`] | what a card gives up once it is set up |
+//! | [`stop`] | the wish to stop (SIGTERM, SIGINT), pollable |
 //!
 //! Nothing here knows what a block or a packet is.
 
@@ -23,6 +24,7 @@ pub mod device;
 pub mod inflight;
 pub mod memory;
 pub mod sandbox;
+pub mod stop;
 pub mod telemetry;
 pub mod vhost_user;
 pub mod virtqueue;
