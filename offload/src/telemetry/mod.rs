@@ -9,7 +9,18 @@
 //! no clock read that the caller did not make itself. Names, labels and formats live in
 //! [`Registry`], which is asked a few times a minute. A snapshot reads one atomic after the other,
 //! so numbers in it may be a few requests apart; each of them is exact and never goes back.
+//!
+//! Log lines are for what people must know. A good request writes none, and what a guest or a
+//! frontend can cause goes through a [`RateLimited`].
 
+mod histogram;
+mod logging;
+mod rate_limit;
+mod registry;
 mod stats;
 
+pub use histogram::{Histogram, HistogramSnapshot};
+pub use logging::{LOG_ENV, LogArgs, LogFormat, LoggingError, init_logging};
+pub use rate_limit::RateLimited;
+pub use registry::{Labels, Registry};
 pub use stats::{Counter, ErrorKind, QueueStats};

@@ -136,20 +136,6 @@ impl QueueStats {
         let done = self.completions.get();
         self.requests.get().saturating_sub(done)
     }
-
-    /// Name and value of each plain counter, in the order in which they are shown.
-    pub(super) fn counters(&self) -> [(&'static str, &Counter); 8] {
-        [
-            ("requests", &self.requests),
-            ("completions", &self.completions),
-            ("kicks", &self.kicks),
-            ("notifications", &self.notifications),
-            ("malformed_chains", &self.malformed_chains),
-            ("broken", &self.broken),
-            ("bytes_read", &self.bytes_read),
-            ("bytes_written", &self.bytes_written),
-        ]
-    }
 }
 
 #[cfg(test)]
