@@ -59,6 +59,8 @@
 #![forbid(unsafe_code)]
 
 pub mod aead;
+#[cfg(test)]
+mod golden;
 pub mod hygiene;
 pub mod keys;
 mod locked;

@@ -78,4 +78,4 @@ pub(crate) fn scrub_stack() {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
