@@ -110,6 +110,12 @@ pub trait QueueHandler {
         None
     }
 
+    /// The thread is about to end, and no chain is held: cancel operations that would not complete
+    /// by themselves. The handler is dropped when all of its operations have completed.
+    fn shutdown(&mut self, io: &mut QueueIo<'_>) {
+        let _ = io;
+    }
+
     /// Chains held by the handler. The ring is stopped only when this is 0.
     fn chains_held(&self) -> usize;
 }

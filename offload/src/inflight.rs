@@ -82,7 +82,9 @@ mod state {
 #[derive(Debug, thiserror::Error)]
 pub enum InflightError {
     /// No queues or no descriptors, or sizes that overflow.
-    #[error("an in-flight region for {num_queues} queues of {queue_size} descriptors makes no sense")]
+    #[error(
+        "an in-flight region for {num_queues} queues of {queue_size} descriptors makes no sense"
+    )]
     Dimensions {
         /// Queues asked for.
         num_queues: u16,
@@ -132,7 +134,9 @@ pub struct SharedRegion {
 
 /// An access outside of a [`SharedRegion`], or one that is not aligned.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{len} bytes at {offset} are not in the shared region of {region_len} bytes, or not aligned")]
+#[error(
+    "{len} bytes at {offset} are not in the shared region of {region_len} bytes, or not aligned"
+)]
 pub struct OutOfRegion {
     /// Offset asked for.
     pub offset: usize,
@@ -194,7 +198,9 @@ impl SharedRegion {
     /// The range is not in the region; nothing is written.
     pub fn write(&self, offset: usize, buf: &[u8]) -> Result<(), OutOfRegion> {
         let slice = self.window.slice(offset, buf.len());
-        slice.ok_or_else(|| self.out(offset, buf.len()))?.copy_from(buf);
+        slice
+            .ok_or_else(|| self.out(offset, buf.len()))?
+            .copy_from(buf);
         Ok(())
     }
 
@@ -496,7 +502,9 @@ impl QueueInflight {
     /// A chain was taken off the available ring.
     #[inline]
     pub fn on_pop(&mut self, head: u16) {
-        let counter = self.window.atomic::<AtomicU64>(self.at(head, state::COUNTER));
+        let counter = self
+            .window
+            .atomic::<AtomicU64>(self.at(head, state::COUNTER));
         counter.store(self.counter, Ordering::Relaxed);
         self.counter = self.counter.wrapping_add(1);
         self.flag(head).store(1, Ordering::Release);
@@ -517,7 +525,8 @@ impl QueueInflight {
         for &head in batch {
             self.flag(head).store(0, Ordering::Release);
         }
-        self.header(header::USED_IDX).store(used_idx, Ordering::Release);
+        self.header(header::USED_IDX)
+            .store(used_idx, Ordering::Release);
     }
 
     /// Finishes what a killed process left half done and says which chains it had popped and not
@@ -536,17 +545,22 @@ impl QueueInflight {
             let next = self.window.atomic::<AtomicU16>(self.at(head, state::NEXT));
             head = next.load(Ordering::Acquire);
         }
-        self.header(header::USED_IDX).store(used_idx, Ordering::Release);
+        self.header(header::USED_IDX)
+            .store(used_idx, Ordering::Release);
 
         let mut heads: Vec<(u64, u16)> = (0..self.desc_num)
             .filter(|&head| self.flag(head).load(Ordering::Acquire) == 1)
             .map(|head| {
-                let counter = self.window.atomic::<AtomicU64>(self.at(head, state::COUNTER));
+                let counter = self
+                    .window
+                    .atomic::<AtomicU64>(self.at(head, state::COUNTER));
                 (counter.load(Ordering::Acquire), head)
             })
             .collect();
         heads.sort_unstable();
-        self.counter = heads.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        self.counter = heads
+            .last()
+            .map_or(0, |(counter, _)| counter.wrapping_add(1));
         heads.into_iter().map(|(_, head)| head).collect()
     }
 
@@ -555,7 +569,8 @@ impl QueueInflight {
         for head in 0..self.desc_num {
             self.flag(head).store(0, Ordering::Release);
         }
-        self.header(header::USED_IDX).store(used_idx, Ordering::Release);
+        self.header(header::USED_IDX)
+            .store(used_idx, Ordering::Release);
         self.counter = 0;
     }
 }

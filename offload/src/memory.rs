@@ -381,11 +381,7 @@ impl Window {
     }
 
     /// The bytes as a volatile slice, for copies.
-    pub(crate) fn slice(
-        &self,
-        offset: usize,
-        len: usize,
-    ) -> Option<VolatileSlice<'_, BS<'_, ()>>> {
+    pub(crate) fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_, BS<'_, ()>>> {
         if offset.checked_add(len)? > self.len {
             return None;
         }
