@@ -1,0 +1,266 @@
+//! A card's vhost-user server: the queue threads, and one frontend after the other.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use thiserror::Error;
+use tracing::{info, warn};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::config_change::{ConfigChangeNotifier, Notified};
+use super::connection::{Connection, End, Queue, RequestError};
+use super::message::CONFIG_SPACE_LEN;
+use super::protocol::{F_PROTOCOL_FEATURES, Offer, Protocol};
+use super::socket::Socket;
+use crate::device::Device;
+use crate::stop::StopSignal;
+use crate::telemetry::{QueueStats, RateLimited};
+use crate::worker::{QueueThread, WorkerError};
+
+/// What the house adds to [`Device::features`].
+const HOUSE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// SET_VRING_KICK has 8 bits for the queue's index.
+const QUEUES_MAX: u16 = 256;
+
+/// How many lines a frontend may cause at once, and how often after that.
+const LOG_BURST: u32 = 20;
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// After an accept that failed for want of a resource.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Why a backend cannot be made, or cannot go on.
+#[derive(Debug, Error)]
+pub enum BackendError {
+    /// The device describes itself in a way that cannot be offered.
+    #[error("the device cannot be offered: {0}")]
+    Device(&'static str),
+    /// A queue's thread could not be started, or has died; the card has to be restarted.
+    #[error(transparent)]
+    Queue(#[from] WorkerError),
+    /// The socket does not work.
+    #[error("cannot accept frontends on the vhost-user socket")]
+    Socket(#[source] io::Error),
+    /// Another thread serves already.
+    #[error("this backend is being served by another thread")]
+    Busy,
+}
+
+/// A device behind vhost-user: one thread a queue, started with the backend and kept while
+/// frontends come and go.
+///
+/// A frontend that errs loses its connection, or only the request, never the process; the table
+/// in `docs/control-plane.md` says which.
+#[derive(Debug)]
+pub struct Backend<D: Device> {
+    inner: Inner<D, QueueThread>,
+}
+
+impl<D: Device> Backend<D> {
+    /// Starts the threads of all queues. `stats` has one entry a queue.
+    ///
+    /// # Errors
+    /// A thread cannot be started, or the device's numbers make no sense.
+    pub fn new(device: Arc<D>, stats: &[Arc<QueueStats>]) -> Result<Self, BackendError> {
+        if stats.len() != usize::from(device.queue_count()) {
+            return Err(BackendError::Device("one QueueStats for each queue is needed"));
+        }
+        let inner = Inner::new(Arc::clone(&device), |device| {
+            (0..device.queue_count())
+                .zip(stats)
+                .map(|(queue, stats)| {
+                    QueueThread::spawn(Arc::clone(device), queue, Arc::clone(stats))
+                })
+                .collect()
+        })?;
+        Ok(Self { inner })
+    }
+
+    /// Serves frontends that connect to `listener`, one at a time, until the stop. Others wait in
+    /// the backlog.
+    ///
+    /// # Errors
+    /// The listener is unusable, or a queue's thread died. What frontends do is no error.
+    pub fn serve(&self, listener: &UnixListener, stop: &StopSignal) -> Result<(), BackendError> {
+        self.inner.serve(listener, stop)
+    }
+
+    /// Serves one frontend that is connected already (`--fd`) until it leaves or the stop.
+    ///
+    /// # Errors
+    /// A queue's thread died. What the frontend does is no error.
+    pub fn serve_connected(
+        &self,
+        stream: UnixStream,
+        stop: &StopSignal,
+    ) -> Result<(), BackendError> {
+        self.inner.serve_connected(stream, stop)
+    }
+
+    /// Tells the frontend that [`Device::config`] gives something new. Never blocks.
+    pub fn config_changed(&self) -> Notified {
+        self.inner.notifier.notify()
+    }
+
+    /// The same, to be kept by whoever changes the configuration.
+    #[must_use]
+    pub fn config_change_notifier(&self) -> ConfigChangeNotifier {
+        self.inner.notifier.clone()
+    }
+}
+
+/// [`Backend`] with any kind of queue.
+#[derive(Debug)]
+pub(super) struct Inner<D, Q> {
+    device: Arc<D>,
+    queues: Vec<Q>,
+    notifier: ConfigChangeNotifier,
+    /// Held while serving.
+    log: Mutex<RateLimited>,
+}
+
+impl<D: Device, Q: Queue> Inner<D, Q> {
+    pub(super) fn new(
+        device: Arc<D>,
+        queues: impl FnOnce(&Arc<D>) -> Result<Vec<Q>, WorkerError>,
+    ) -> Result<Self, BackendError> {
+        if device.queue_count() == 0 || device.queue_count() > QUEUES_MAX {
+            return Err(BackendError::Device("it needs between 1 and 256 queues"));
+        }
+        if !device.queue_size_max().is_power_of_two() {
+            return Err(BackendError::Device("the queue size is not a power of two"));
+        }
+        if device.config().len() > CONFIG_SPACE_LEN as usize {
+            return Err(BackendError::Device(
+                "its configuration has more than 256 bytes",
+            ));
+        }
+        Ok(Self {
+            queues: queues(&device)?,
+            device,
+            notifier: ConfigChangeNotifier::default(),
+            log: Mutex::new(RateLimited::new(LOG_BURST, LOG_INTERVAL)),
+        })
+    }
+
+    pub(super) fn serve(
+        &self,
+        listener: &UnixListener,
+        stop: &StopSignal,
+    ) -> Result<(), BackendError> {
+        listener
+            .set_nonblocking(true)
+            .map_err(BackendError::Socket)?;
+        while !stop.is_stopped() {
+            match listener.accept() {
+                Ok((stream, _)) => self.serve_connected(stream, stop)?,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => wait(listener, stop)?,
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    // Out of descriptors or memory: the frontend waits in the backlog until
+                    // there are some.
+                    _ if is_shortage(&error) => {
+                        let _stopped = stop.wait(Some(ACCEPT_PAUSE));
+                    }
+                    _ => return Err(BackendError::Socket(error)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn serve_connected(
+        &self,
+        stream: UnixStream,
+        stop: &StopSignal,
+    ) -> Result<(), BackendError> {
+        let mut log = match self.log.try_lock() {
+            Ok(log) => log,
+            Err(std::sync::TryLockError::Poisoned(log)) => PoisonError::into_inner(log),
+            Err(std::sync::TryLockError::WouldBlock) => return Err(BackendError::Busy),
+        };
+        let device = self.device.as_ref();
+        let protocol = Protocol::new(Offer {
+            features: (device.features() | HOUSE_FEATURES) & !F_PROTOCOL_FEATURES,
+            queue_count: device.queue_count(),
+            queue_size_max: device.queue_size_max(),
+        });
+        if let Some(suppressed) = log.allow(Instant::now()) {
+            info!(suppressed, "a frontend has connected");
+        }
+        let mut report = |request: u32, error: &RequestError| {
+            if let Some(suppressed) = log.allow(Instant::now()) {
+                warn!(request, suppressed, "a frontend's request failed: {}", chain(error));
+            }
+        };
+        let end = Connection::new(
+            Socket::new(stream, stop),
+            device,
+            &self.queues,
+            &self.notifier,
+            protocol,
+            &mut report,
+        )
+        .run();
+        match end {
+            End::Stopped => {}
+            End::Left => {
+                if let Some(suppressed) = log.allow(Instant::now()) {
+                    info!(suppressed, "the frontend has left");
+                }
+            }
+            End::Request {
+                source: RequestError::Queue(error),
+                ..
+            } => return Err(error.into()),
+            End::Socket(_) | End::Request { .. } => {
+                if let Some(suppressed) = log.allow(Instant::now()) {
+                    warn!(suppressed, "the frontend is disconnected: {}", chain(&end));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wait(listener: &UnixListener, stop: &StopSignal) -> Result<(), BackendError> {
+    let mut fds = [
+        PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+    ];
+    match poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(BackendError::Socket(errno.into())),
+    }
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        // Transparent errors repeat what is below them.
+        if !text.ends_with(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        source = error.source();
+    }
+    text
+}
