@@ -1,0 +1,296 @@
+//! From a spec and what the host offers to a list of processes: pure, so that it can be printed,
+//! compared and tested without starting anything.
+//!
+//! The order is part of the plan: cards first, since QEMU's vhost-user character device is a client
+//! whose server must be there; then QEMU. Stopping goes the other way round.
+//!
+//! ## Who may touch what
+//!
+//! ```text
+//! run dir             0700 the shim's user    (0711 if the cards run as another user)
+//! ├── lock            held by the one shim of this VM
+//! ├── qmp.sock        0700's protection is what guards it
+//! └── disk0/          0700 the card's user
+//!     ├── vhost.sock  QEMU connects here
+//!     └── control.sock
+//! ```
+//!
+//! When the shim is root, a card starts as root, opens its volume and its key, and gives root up
+//! before it serves (`--user`). The other way, starting it as that user, would need the volume and
+//! the key file to be readable by that user, and a shim that quietly changes the owner of somebody's
+//! disk image is not to be trusted with it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::accel::KvmVerdict;
+use crate::qemu::{self, Qemu};
+use crate::spec::{AccelChoice, KeySource, VmSpec};
+
+#[cfg(test)]
+mod tests;
+
+/// Longest path a Unix socket can have: `sun_path` is 108 bytes with its terminating zero.
+pub const SOCKET_PATH_MAX_BYTES: usize = 107;
+
+/// Why a spec cannot be turned into a plan on this host.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// A socket in the run directory would have too long a name.
+    #[error(
+        "the socket {path} would have a name of {len} bytes, Unix sockets have {SOCKET_PATH_MAX_BYTES}; \
+         choose a shorter [run] dir"
+    )]
+    SocketPathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: usize,
+    },
+    /// `accel = "auto"` was not probed.
+    #[error("accel is \"auto\", but the host was not probed")]
+    NotProbed,
+    /// A path is not UTF-8, which no command line printed as JSON could carry.
+    #[error("{0:?} is not UTF-8; rename it")]
+    NotUtf8(PathBuf),
+}
+
+/// A numeric user and group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct UserId {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.uid, self.gid)
+    }
+}
+
+/// What the host offers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Env {
+    /// The QEMU to run.
+    pub qemu: Qemu,
+    /// The block card's binary.
+    pub card: PathBuf,
+    /// Run directory of this VM.
+    pub run_dir: PathBuf,
+    /// What the probe of /dev/kvm said; only looked at when the spec leaves the choice.
+    pub kvm: Option<KvmVerdict>,
+    /// Whom cards become once their files are open; `None` if the shim is not root.
+    pub card_user: Option<UserId>,
+}
+
+/// The accelerator after `auto` is decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ResolvedAccel {
+    /// Hardware.
+    Kvm,
+    /// Translation.
+    Tcg,
+}
+
+/// A process to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Process {
+    /// What it is called in logs.
+    pub label: String,
+    /// Binary.
+    pub program: PathBuf,
+    /// Arguments, without the program itself.
+    pub args: Vec<String>,
+}
+
+/// One card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CardPlan {
+    /// How to start it.
+    pub process: Process,
+    /// Folder of its sockets.
+    pub dir: PathBuf,
+    /// Who owns that folder; the shim's user without it.
+    pub owner: Option<UserId>,
+    /// The vhost-user socket.
+    pub socket: PathBuf,
+    /// The control socket.
+    pub control_socket: PathBuf,
+}
+
+/// Everything that is started for a VM, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// Name of the VM.
+    pub name: String,
+    /// Its run directory.
+    pub run_dir: PathBuf,
+    /// Accelerator.
+    pub accel: ResolvedAccel,
+    /// What the user should know before it starts.
+    pub warnings: Vec<String>,
+    /// Cards, started first, in the order of the disks.
+    pub cards: Vec<CardPlan>,
+    /// QEMU, started once every card listens.
+    pub qemu: Process,
+    /// QEMU's control socket.
+    pub qmp: PathBuf,
+    /// Seconds the guest gets to power itself off.
+    pub stop_timeout_s: u64,
+}
+
+/// Makes the plan.
+///
+/// # Errors
+/// See [`PlanError`].
+pub fn plan(spec: &VmSpec, env: &Env) -> Result<Plan, PlanError> {
+    let mut warnings = Vec::new();
+    let accel = match (spec.accel, &env.kvm) {
+        (AccelChoice::Kvm, _) => ResolvedAccel::Kvm,
+        (AccelChoice::Tcg, _) => ResolvedAccel::Tcg,
+        (AccelChoice::Auto, None) => return Err(PlanError::NotProbed),
+        (AccelChoice::Auto, Some(verdict)) if verdict.is_usable() => ResolvedAccel::Kvm,
+        (AccelChoice::Auto, Some(verdict)) => {
+            warnings.push(format!("running with TCG, which is slow: {verdict}"));
+            ResolvedAccel::Tcg
+        }
+    };
+    if !env.qemu.has_sandbox {
+        warnings.push(format!(
+            "{} was built without seccomp, so it runs without -sandbox",
+            env.qemu.path.display()
+        ));
+    }
+    let cards = spec
+        .disks
+        .iter()
+        .enumerate()
+        .map(|(index, disk)| card(index, disk, env))
+        .collect::<Result<Vec<_>, _>>()?;
+    let qmp = socket(&env.run_dir, "qmp.sock")?;
+    let args = qemu::arguments(spec, &env.qemu, accel, &cards, &qmp);
+    Ok(Plan {
+        name: spec.name.clone(),
+        run_dir: env.run_dir.clone(),
+        accel,
+        warnings,
+        cards,
+        qemu: Process {
+            label: "qemu".to_owned(),
+            program: env.qemu.path.clone(),
+            args,
+        },
+        qmp,
+        stop_timeout_s: spec.stop_timeout_s,
+    })
+}
+
+fn card(index: usize, disk: &crate::spec::Disk, env: &Env) -> Result<CardPlan, PlanError> {
+    let dir = env.run_dir.join(format!("disk{index}"));
+    let socket_path = socket(&dir, "vhost.sock")?;
+    let control_socket = socket(&dir, "control.sock")?;
+    let mut args = vec!["serve".to_owned()];
+    let mut option = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
+    option("--socket-path", utf8(&socket_path)?);
+    option("--volume", utf8(&disk.volume)?);
+    match &disk.key {
+        KeySource::KeyFile(path) => option("--key-file", utf8(path)?),
+        KeySource::PassphraseFile(path) => option("--passphrase-file", utf8(path)?),
+    }
+    option("--queues", &disk.queues.to_string());
+    if let Some(size) = disk.queue_size {
+        option("--queue-size", &size.to_string());
+    }
+    if let Some(serial) = &disk.serial {
+        option("--serial", serial);
+    }
+    option("--control-socket", utf8(&control_socket)?);
+    if let Some(user) = env.card_user {
+        option("--user", &user.to_string());
+    }
+    if disk.read_only {
+        args.push("--read-only".to_owned());
+    }
+    Ok(CardPlan {
+        process: Process {
+            label: format!("disk{index}"),
+            program: env.card.clone(),
+            args,
+        },
+        dir,
+        owner: env.card_user,
+        socket: socket_path,
+        control_socket,
+    })
+}
+
+fn utf8(path: &Path) -> Result<&str, PlanError> {
+    path.to_str()
+        .ok_or_else(|| PlanError::NotUtf8(path.to_owned()))
+}
+
+fn socket(dir: &Path, name: &str) -> Result<PathBuf, PlanError> {
+    let path = dir.join(name);
+    let len = utf8(&path)?.len();
+    if len > SOCKET_PATH_MAX_BYTES {
+        return Err(PlanError::SocketPathTooLong { path, len });
+    }
+    Ok(path)
+}
+
+/// One command line as a shell would take it, an option and its value a line.
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", quote(&self.program.to_string_lossy()))?;
+        for arg in &self.args {
+            let separator = if arg.starts_with('-') {
+                " \\\n    "
+            } else {
+                " "
+            };
+            write!(f, "{separator}{}", quote(arg))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "# VM {}, run directory {}",
+            self.name,
+            self.run_dir.display()
+        )?;
+        for warning in &self.warnings {
+            writeln!(f, "# warning: {warning}")?;
+        }
+        for (step, card) in self.cards.iter().enumerate() {
+            writeln!(f, "\n# {}. {}: a card", step + 1, card.process.label)?;
+            if let Some(owner) = card.owner {
+                writeln!(f, "# opens its files as root, serves as {owner}")?;
+            }
+            writeln!(f, "{}", card.process)?;
+        }
+        writeln!(
+            f,
+            "\n# {}. qemu, once every card listens",
+            self.cards.len() + 1
+        )?;
+        writeln!(f, "{}", self.qemu)
+    }
+}
+
+fn quote(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
+}

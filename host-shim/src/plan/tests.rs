@@ -1,0 +1,112 @@
+use super::*;
+use crate::qemu::Version;
+
+const SPEC: &str = r#"
+[vm]
+name = "web1"
+memory = "512M"
+cpus = 2
+kernel = "vmlinuz"
+initrd = "initrd.img"
+cmdline = "root=/dev/vda console=ttyS0"
+
+[[disk]]
+volume = "root.vol"
+key-file = "root.key"
+serial = "vol0123456789abcdef0"
+
+[[disk]]
+volume = "data, old.vol"
+passphrase-file = "data.pass"
+read-only = true
+queues = 1
+queue-size = 256
+"#;
+
+fn spec(text: &str) -> VmSpec {
+    crate::spec::parse(text, Path::new("/srv/web1/vm.toml")).unwrap()
+}
+
+fn env(major: u16, minor: u16) -> Env {
+    Env {
+        qemu: Qemu {
+            path: "/usr/bin/qemu-system-x86_64".into(),
+            version: Version { major, minor },
+            has_sandbox: true,
+            data_dirs: Vec::new(),
+        },
+        card: "/opt/offload/vhost-blk".into(),
+        run_dir: "/run/offload/web1".into(),
+        kvm: Some(KvmVerdict::fast(1.0e9)),
+        card_user: Some(UserId {
+            uid: 65534,
+            gid: 65534,
+        }),
+    }
+}
+
+/// Compares with a committed file; `UPDATE_SNAPSHOTS=1` writes it instead.
+fn assert_snapshot(name: &str, actual: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/snapshots")
+        .join(name);
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        std::fs::write(&path, actual).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        actual,
+        expected,
+        "{} differs; UPDATE_SNAPSHOTS=1 accepts",
+        path.display()
+    );
+}
+
+#[test]
+fn the_plan_for_qemu_7_2_is_as_recorded() {
+    assert_snapshot(
+        "qemu-7.2.txt",
+        &plan(&spec(SPEC), &env(7, 2)).unwrap().to_string(),
+    );
+}
+
+#[test]
+fn the_plan_for_qemu_10_0_is_as_recorded() {
+    let text = SPEC.replace("cpus = 2", "cpus = 2\naccel = \"tcg\"");
+    assert_snapshot(
+        "qemu-10.0.txt",
+        &plan(&spec(&text), &env(10, 0)).unwrap().to_string(),
+    );
+}
+
+#[test]
+fn the_plan_for_a_disk_boot_without_root_is_as_recorded() {
+    let text = "[vm]\nname = \"fw\"\nmemory = \"1G\"\nexit-on-reboot = true\n\
+                [[disk]]\nvolume = \"a.vol\"\nkey-file = \"a.key\"\n";
+    let mut env = env(10, 0);
+    env.card_user = None;
+    env.qemu.has_sandbox = false;
+    env.kvm = Some(KvmVerdict::slow(2.5e6));
+    let plan = plan(&spec(text), &env).unwrap();
+    assert_snapshot(
+        "disk-boot.json",
+        &(serde_json::to_string_pretty(&plan).unwrap() + "\n"),
+    );
+}
+
+#[test]
+fn auto_without_a_probe_is_an_error_and_not_a_guess() {
+    let mut env = env(7, 2);
+    env.kvm = None;
+    assert_eq!(plan(&spec(SPEC), &env), Err(PlanError::NotProbed));
+}
+
+#[test]
+fn a_run_directory_too_deep_for_sockets_is_refused() {
+    let mut env = env(7, 2);
+    env.run_dir = format!("/run/{}", "x".repeat(100)).into();
+    assert!(matches!(
+        plan(&spec(SPEC), &env),
+        Err(PlanError::SocketPathTooLong { .. })
+    ));
+}

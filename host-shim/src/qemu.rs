@@ -1,0 +1,211 @@
+//! What is known about a QEMU binary, and the command line it gets.
+//!
+//! QEMU keeps vCPUs, memory and PCI; it has no block back end of its own. `-nodefaults` and
+//! `-no-user-config` leave only what the plan names, and the sandbox takes away what a guest that
+//! breaks out of a device model would need next: starting programs, changing user, obsolete system
+//! calls.
+//!
+//! Guest memory is a memfd with `share=on`, since the cards map it. Each card's character device is
+//! a client that reconnects, so that a restarted card finds its guest again. The option for that
+//! changed: `reconnect=SECONDS` until QEMU 9.1, `reconnect-ms=` from 9.2 on, and 10.0 no longer
+//! knows the old one.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::plan::{CardPlan, ResolvedAccel};
+use crate::spec::{Boot, VmSpec};
+
+/// What the sandbox refuses.
+pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// How long QEMU waits before it looks for a card again, in milliseconds, where it can be said.
+pub const RECONNECT_MS: u32 = 100;
+
+/// A QEMU release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Version {
+    /// Major number.
+    pub major: u16,
+    /// Minor number.
+    pub minor: u16,
+}
+
+impl Version {
+    /// Reads what `qemu-system-x86_64 --version` prints.
+    #[must_use]
+    pub fn parse(output: &str) -> Option<Self> {
+        let rest = output.split_once("version ")?.1;
+        let mut numbers = rest.split(|c: char| !c.is_ascii_digit());
+        let major = numbers.next()?.parse().ok()?;
+        let minor = numbers.next()?.parse().ok()?;
+        Some(Self { major, minor })
+    }
+
+    fn reconnect(self) -> String {
+        if self >= (Self { major: 9, minor: 2 }) {
+            format!("reconnect-ms={RECONNECT_MS}")
+        } else {
+            "reconnect=1".to_owned()
+        }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// A QEMU binary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Qemu {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its release.
+    pub version: Version,
+    /// Whether it was built with the seccomp sandbox.
+    pub has_sandbox: bool,
+    /// Folders of its firmware where it would not find them itself (a QEMU that is not installed).
+    pub data_dirs: Vec<PathBuf>,
+}
+
+/// A path as QEMU's option parser wants it: a comma is written twice.
+pub(crate) fn escape(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// QEMU's arguments for a VM whose cards listen where `cards` says.
+pub(crate) fn arguments(
+    spec: &VmSpec,
+    qemu: &Qemu,
+    accel: ResolvedAccel,
+    cards: &[CardPlan],
+    qmp: &Path,
+) -> Vec<String> {
+    let mut args = Vec::new();
+    let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    option(
+        "-name",
+        format!("guest={},process={}", spec.name, spec.name),
+    );
+    for dir in &qemu.data_dirs {
+        option("-L", dir.to_string_lossy().into_owned());
+    }
+    if qemu.has_sandbox {
+        option("-sandbox", SANDBOX.to_owned());
+    }
+    let mib = spec.memory_bytes >> 20;
+    option(
+        "-machine",
+        "q35,usb=off,vmport=off,memory-backend=mem".to_owned(),
+    );
+    match accel {
+        ResolvedAccel::Kvm => {
+            option("-accel", "kvm".to_owned());
+            option("-cpu", "host".to_owned());
+        }
+        ResolvedAccel::Tcg => {
+            option("-accel", "tcg,thread=multi".to_owned());
+            option("-cpu", "max".to_owned());
+        }
+    }
+    option("-smp", spec.cpus.to_string());
+    option("-m", format!("{mib}M"));
+    option(
+        "-object",
+        format!("memory-backend-memfd,id=mem,size={mib}M,share=on"),
+    );
+    match &spec.boot {
+        Boot::Kernel {
+            kernel,
+            initrd,
+            cmdline,
+        } => {
+            option("-kernel", kernel.to_string_lossy().into_owned());
+            if let Some(initrd) = initrd {
+                option("-initrd", initrd.to_string_lossy().into_owned());
+            }
+            if !cmdline.is_empty() {
+                option("-append", cmdline.clone());
+            }
+        }
+        Boot::Disk {
+            firmware: Some(firmware),
+        } => {
+            option("-bios", firmware.to_string_lossy().into_owned());
+        }
+        Boot::Disk { firmware: None } => {}
+    }
+    for (index, (card, disk)) in cards.iter().zip(&spec.disks).enumerate() {
+        option(
+            "-chardev",
+            format!(
+                "socket,id=card{index},path={},{}",
+                escape(&card.socket),
+                qemu.version.reconnect()
+            ),
+        );
+        let mut device = format!(
+            "vhost-user-blk-pci,id=disk{index},chardev=card{index},num-queues={}",
+            disk.queues
+        );
+        if let Some(size) = disk.queue_size {
+            device.push_str(&format!(",queue-size={size}"));
+        }
+        if matches!(spec.boot, Boot::Disk { .. }) {
+            device.push_str(&format!(",bootindex={index}"));
+        }
+        option("-device", device);
+    }
+    option("-chardev", "stdio,id=console,signal=off".to_owned());
+    option("-serial", "chardev:console".to_owned());
+    option(
+        "-chardev",
+        format!("socket,id=qmp,path={},server=on,wait=off", escape(qmp)),
+    );
+    option("-mon", "chardev=qmp,mode=control".to_owned());
+    option("-display", "none".to_owned());
+    args.extend(["-nodefaults".to_owned(), "-no-user-config".to_owned()]);
+    if spec.exit_on_reboot {
+        args.push("-no-reboot".to_owned());
+    }
+    args
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_debian_and_upstream_are_read() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright";
+        assert_eq!(Version::parse(debian), Some(Version { major: 7, minor: 2 }));
+        let upstream = "QEMU emulator version 10.0.2\n";
+        assert_eq!(
+            Version::parse(upstream),
+            Some(Version {
+                major: 10,
+                minor: 0
+            })
+        );
+        assert_eq!(Version::parse("bash: no such file"), None);
+        assert_eq!(Version::parse("version x.y"), None);
+    }
+
+    #[test]
+    fn the_reconnect_option_follows_the_release() {
+        let of = |major, minor| Version { major, minor }.reconnect();
+        assert_eq!(of(7, 2), "reconnect=1");
+        assert_eq!(of(9, 1), "reconnect=1");
+        assert_eq!(of(9, 2), "reconnect-ms=100");
+        assert_eq!(of(10, 0), "reconnect-ms=100");
+    }
+
+    #[test]
+    fn commas_in_paths_do_not_become_options() {
+        assert_eq!(escape(Path::new("/a,server=on/b")), "/a,,server=on/b");
+    }
+}

@@ -1,0 +1,184 @@
+use super::*;
+
+const GOOD: &str = r#"
+[vm]
+name = "web1"
+memory = "512M"
+cpus = 2
+kernel = "vmlinuz"
+initrd = "/abs/initrd"
+cmdline = "console=ttyS0"
+
+[[disk]]
+volume = "root.vol"
+key-file = "root.key"
+serial = "vol0123456789abcdef0"
+
+[[disk]]
+volume = "data.vol"
+passphrase-file = "data.pass"
+read-only = true
+queues = 1
+queue-size = 256
+
+[run]
+dir = "run"
+user = "nobody"
+stop-timeout = 5
+"#;
+
+fn parse_text(text: &str) -> Result<VmSpec, Box<SpecError>> {
+    parse(text, Path::new("/etc/offload/web1.toml"))
+}
+
+/// The spec with one piece of text replaced: its error, and the text the error points at.
+fn refused(from: &str, to: &str) -> (String, String) {
+    assert!(GOOD.contains(from), "the test replaces nothing");
+    let text = GOOD.replacen(from, to, 1);
+    let error = parse_text(&text).expect_err("must be refused");
+    let at = error.span().map(|s| text[s].to_owned()).unwrap_or_default();
+    (error.to_string(), at)
+}
+
+#[test]
+fn a_full_spec_is_read_and_paths_start_at_its_folder() {
+    let spec = parse_text(GOOD).unwrap();
+    assert_eq!(spec.memory_bytes, 512 << 20);
+    assert_eq!(
+        spec.boot,
+        Boot::Kernel {
+            kernel: "/etc/offload/vmlinuz".into(),
+            initrd: Some("/abs/initrd".into()),
+            cmdline: "console=ttyS0".into()
+        }
+    );
+    assert_eq!(spec.disks[0].volume, Path::new("/etc/offload/root.vol"));
+    assert_eq!(
+        spec.disks[0].queues, 2,
+        "a queue a vCPU when nothing is said"
+    );
+    assert_eq!(
+        spec.disks[1].key,
+        KeySource::PassphraseFile("/etc/offload/data.pass".into())
+    );
+    assert_eq!(spec.disks[1].queue_size, Some(256));
+    assert!(spec.disks[1].read_only);
+    assert_eq!(spec.run_dir.as_deref(), Some(Path::new("/etc/offload/run")));
+    assert_eq!(spec.stop_timeout_s, 5);
+}
+
+#[test]
+fn a_misspelt_field_is_refused_where_it_stands() {
+    let (message, at) = refused("read-only = true", "readonly = true");
+    assert!(message.contains("unknown field `readonly`"), "{message}");
+    assert_eq!(at, "readonly");
+    let (message, _) = refused("[run]", "[runn]");
+    assert!(message.contains("unknown field `runn`"), "{message}");
+}
+
+#[test]
+fn broken_toml_is_refused_where_it_breaks() {
+    let (_, at) = refused("cpus = 2", "cpus = = 2");
+    assert!(at.contains('='), "{at:?}");
+}
+
+#[test]
+fn a_missing_name_is_named() {
+    let (message, _) = refused("name = \"web1\"", "");
+    assert!(message.contains("missing field `name`"), "{message}");
+}
+
+#[test]
+fn names_that_would_leave_the_run_directory_are_refused() {
+    for name in ["../x", "a/b", "", ".hidden", "-x", "a b"] {
+        let (message, at) = refused("\"web1\"", &format!("\"{name}\""));
+        assert!(message.contains("cannot name a VM"), "{message}");
+        assert_eq!(at, format!("\"{name}\""));
+    }
+}
+
+#[test]
+fn sizes_need_a_known_unit_and_whole_mebibytes() {
+    assert!(refused("\"512M\"", "\"much\"").0.contains("not a size"));
+    assert!(refused("\"512M\"", "\"16M\"").0.contains("cannot be given"));
+    assert!(
+        refused("\"512M\"", "\"536870913\"")
+            .0
+            .contains("cannot be given")
+    );
+    assert!(
+        refused("\"512M\"", "\"99999999999T\"")
+            .0
+            .contains("not a size")
+    );
+    assert_eq!(parse_size("2GiB"), Some(2 << 30));
+    assert_eq!(parse_size("64k"), Some(64 << 10));
+    assert_eq!(parse_size("-1M"), None);
+    assert_eq!(parse_size("M"), None);
+}
+
+#[test]
+fn a_disk_needs_exactly_one_key() {
+    let (message, at) = refused("key-file = \"root.key\"", "");
+    assert_eq!(
+        (message.as_str(), at.as_str()),
+        ("this disk has no key", "\"root.vol\"")
+    );
+    let (message, _) = refused("key-file", "passphrase-file = \"p\"\nkey-file");
+    assert_eq!(message, "this disk has two keys");
+}
+
+#[test]
+fn one_volume_is_not_served_twice() {
+    let (message, at) = refused("\"data.vol\"", "\"root.vol\"");
+    assert_eq!(
+        (message.as_str(), at.as_str()),
+        ("this volume is named twice", "\"root.vol\"")
+    );
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    assert!(refused("cpus = 2", "cpus = 0").0.contains("cpus = 0"));
+    assert!(refused("cpus = 2", "cpus = 70000").0.contains("70000"));
+    assert!(refused("queues = 1", "queues = 0").0.contains("queues = 0"));
+    assert!(
+        refused("queue-size = 256", "queue-size = 100")
+            .0
+            .contains("queue-size = 100")
+    );
+}
+
+#[test]
+fn serials_that_virtio_cannot_carry_are_refused() {
+    let (message, _) = refused("vol0123456789abcdef0", "vol0123456789abcdef01");
+    assert!(message.contains("cannot be a serial"));
+    assert!(
+        refused("vol0123456789abcdef0", "with space")
+            .0
+            .contains("cannot be a serial")
+    );
+}
+
+#[test]
+fn what_can_never_boot_is_refused() {
+    let nothing = "[vm]\nname = \"x\"\nmemory = \"64M\"\n";
+    assert_eq!(
+        parse_text(nothing).unwrap_err().to_string(),
+        "there is nothing to boot from"
+    );
+    let (message, _) = refused("kernel = \"vmlinuz\"", "");
+    assert_eq!(message, "initrd needs a kernel");
+    let (message, _) = refused("cpus = 2", "firmware = \"bios.bin\"");
+    assert_eq!(message, "kernel and firmware exclude each other");
+}
+
+#[test]
+fn the_printed_diagnostic_shows_the_line_of_the_file() {
+    let text = GOOD.replace("\"512M\"", "\"lots\"");
+    let report = miette::Report::new(*parse_text(&text).unwrap_err());
+    let shown = format!("{report:?}");
+    assert!(shown.contains("memory = \"lots\""), "{shown}");
+    assert!(shown.contains("web1.toml"), "{shown}");
+    assert!(shown.contains("a number with K, M, G or T"), "{shown}");
+}
