@@ -137,7 +137,7 @@ pub fn format_size(bytes: u64) -> String {
         .copied();
     let letter = letter.unwrap_or('E');
     let unit = 1_u64 << (10 * power);
-    if bytes % unit == 0 {
+    if bytes.is_multiple_of(unit) {
         return format!("{} {letter}iB", bytes / unit);
     }
     if bytes < 1 << 14 {
