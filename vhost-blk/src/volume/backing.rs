@@ -1,0 +1,304 @@
+//! What a volume is stored in: a regular file or a block device, opened for direct I/O.
+//!
+//! The running card moves data with io_uring on [`FileBacking::file`]; opening, recovery and the
+//! command-line tools use the blocking calls of [`Backing`], which the crash tests implement
+//! with a simulated disk.
+//!
+//! The lock is `flock` on the same open file description that all I/O goes through. The kernel
+//! keeps that description as long as a request on it is under way, also when the process is
+//! already killed: so the lock is free only when nothing of a dead process can land any more.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use thiserror::Error;
+
+use super::geometry::BLOCK_LEN;
+
+/// Blocking access to a backing. Offsets, lengths and buffers are multiples of 4 KiB, buffers
+/// aligned to it.
+pub trait Backing: Send + Sync {
+    /// Reads all of `into`.
+    ///
+    /// # Errors
+    /// The backing fails or ends before.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+    /// Writes all of `from`. Not durable before [`Backing::sync`].
+    ///
+    /// # Errors
+    /// The backing fails.
+    fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()>;
+    /// Makes completed writes durable.
+    ///
+    /// # Errors
+    /// The backing fails; whether earlier writes are durable is then unknown, for good.
+    fn sync(&self) -> io::Result<()>;
+    /// Makes sure that writes to the range will find room.
+    ///
+    /// # Errors
+    /// There is none.
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Gives the room of a range back; it reads as anything afterwards.
+    ///
+    /// # Errors
+    /// The backing cannot do that.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Bytes that it has.
+    fn len(&self) -> u64;
+    /// Whether it has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Why a backing cannot be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The system said no.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("{} is neither a regular file nor a block device", .0.display())]
+    Kind(PathBuf),
+    /// Somebody else has it.
+    #[error(
+        "{} is in use by another process (a running card, check or export); stop it first", .0.display()
+    )]
+    InUse(PathBuf),
+    /// The file is there and was not to be overwritten.
+    #[error("{} is there already; give --force to overwrite it and lose what it holds", .0.display())]
+    Exists(PathBuf),
+}
+
+/// How a backing is to be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Shared with other readers.
+    Read,
+    /// Alone.
+    Write,
+}
+
+/// A file or device.
+#[derive(Debug)]
+pub struct FileBacking {
+    file: File,
+    len: u64,
+    is_device: bool,
+    is_direct: bool,
+}
+
+/// How long a lock is waited for: the last requests of a process that was just killed are still
+/// landing.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+
+impl FileBacking {
+    /// Opens and locks an existing backing.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
+        let flags = match access {
+            Access::Read => OFlags::RDONLY,
+            Access::Write => OFlags::RDWR,
+        };
+        Self::open_with(path, flags, access)
+    }
+
+    /// Opens a backing for a new volume, making a regular file if nothing is there.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn create(path: &Path, may_overwrite: bool) -> Result<Self, OpenError> {
+        let create = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+        match Self::open_with(path, create, Access::Write) {
+            Err(OpenError::Open { source, .. })
+                if source.kind() == io::ErrorKind::AlreadyExists => {}
+            other => return other,
+        }
+        let backing = Self::open_with(path, OFlags::RDWR, Access::Write)?;
+        let is_blank = backing.is_device && {
+            let mut first = super::buffer::Buffer::zeroed(1);
+            backing
+                .read_at(0, &mut first)
+                .map_err(|source| OpenError::Open {
+                    path: path.into(),
+                    source,
+                })?;
+            first.iter().all(|byte| *byte == 0)
+        };
+        if may_overwrite || is_blank || (!backing.is_device && backing.len == 0) {
+            Ok(backing)
+        } else {
+            Err(OpenError::Exists(path.into()))
+        }
+    }
+
+    fn open_with(path: &Path, flags: OFlags, access: Access) -> Result<Self, OpenError> {
+        let failed = |source: io::Error| OpenError::Open {
+            path: path.into(),
+            source,
+        };
+        // Type first: opening a FIFO would wait for its other end.
+        if let Ok(meta) = std::fs::metadata(path) {
+            let kind = meta.file_type();
+            if !kind.is_file() && !kind.is_block_device() {
+                return Err(OpenError::Kind(path.into()));
+            }
+        }
+        let flags = flags | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let (fd, is_direct) = match rustix::fs::open(path, flags | OFlags::DIRECT, mode) {
+            Ok(fd) => (fd, true),
+            // tmpfs before Linux 6.6 has no direct I/O; it has no disk below either.
+            Err(rustix::io::Errno::INVAL) => {
+                let flags = flags.difference(OFlags::EXCL);
+                (
+                    rustix::fs::open(path, flags, mode).map_err(|e| failed(e.into()))?,
+                    false,
+                )
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        };
+        let file = File::from(fd);
+        lock(&file, path, access)?;
+        let meta = file.metadata().map_err(failed)?;
+        let is_device = meta.file_type().is_block_device();
+        let len = if is_device {
+            // A device's metadata have no length; its end has.
+            (&file).seek(SeekFrom::End(0)).map_err(failed)?
+        } else {
+            meta.len()
+        };
+        Ok(Self {
+            file,
+            len,
+            is_device,
+            is_direct,
+        })
+    }
+
+    /// Makes a regular file `len` bytes long, all holes; a device stays as it is.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn set_len(&mut self, len: u64) -> io::Result<()> {
+        if !self.is_device {
+            self.file.set_len(0)?;
+            self.file.set_len(len)?;
+            self.len = len;
+        }
+        Ok(())
+    }
+
+    /// Grows a regular file to `len` bytes.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn grow(&mut self, len: u64) -> io::Result<()> {
+        if !self.is_device && len > self.len {
+            self.file.set_len(len)?;
+            self.len = len;
+        }
+        Ok(())
+    }
+
+    /// Whether its size is given by a device.
+    pub const fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// Whether I/O goes around the page cache.
+    pub const fn is_direct(&self) -> bool {
+        self.is_direct
+    }
+
+    /// For I/O by io_uring. Its open file description carries the lock.
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Bytes of the file system that it takes; a device takes all of itself.
+    ///
+    /// # Errors
+    /// The system says no.
+    pub fn allocated(&self) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        Ok(if self.is_device {
+            self.len
+        } else {
+            self.file.metadata()?.blocks() * 512
+        })
+    }
+}
+
+fn lock(file: &File, path: &Path, access: Access) -> Result<(), OpenError> {
+    let operation = match access {
+        Access::Read => FlockOperation::NonBlockingLockShared,
+        Access::Write => FlockOperation::NonBlockingLockExclusive,
+    };
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    let mut patience = Duration::from_millis(1);
+    loop {
+        match rustix::fs::flock(file, operation) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(patience);
+                patience = (patience * 2).min(Duration::from_millis(100));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::InUse(path.into())),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => {
+                return Err(OpenError::Open {
+                    path: path.into(),
+                    source: errno.into(),
+                });
+            }
+        }
+    }
+}
+
+impl Backing for FileBacking {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        debug_assert!(into.len().is_multiple_of(BLOCK_LEN));
+        self.file.read_exact_at(into, offset)
+    }
+
+    fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        debug_assert!(from.len().is_multiple_of(BLOCK_LEN));
+        self.file.write_all_at(from, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.is_device {
+            return Ok(());
+        }
+        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len) {
+            // A file system without fallocate gives room as it is written.
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, flags, offset, len)?)
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+}

@@ -1,0 +1,314 @@
+//! Making an opened volume writable: take over what a killed process left, draw a session.
+//!
+//! 1. The frontend's delta ring, if it brings one: records of later batches than the last on
+//!    disk, newest of each block, each one's data authenticated.
+//! 2. A new random session key, wrapped into the key table.
+//! 3. Everything that differs from the pages on disk is checkpointed under the new session; its
+//!    superblock makes ring, log and session durable at one instant. A kill before it leaves the
+//!    old state and the ring as they were.
+//! 4. The ring is bound to the new session, empty.
+//!
+//! Each activation has its own session, also after a kill: continuing the old one would need a
+//! trustworthy record of the last nonce used, and the frontend's memory is none.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use crypto::aead::Engine;
+use crypto::keys::SessionKey;
+use crypto::session::Session;
+use thiserror::Error;
+
+use super::core::{Core, Phase};
+use crate::volume::backing::Backing;
+use crate::volume::buffer::Buffer;
+use crate::volume::entry::Entry;
+use crate::volume::geometry::FANOUT;
+use crate::volume::mutant::{self, Mutant};
+use crate::volume::ring::{self, RingError, RingMemory, RingState, RingWriter};
+use crate::volume::superblock::{KeyEntry, TABLE_MAX, session_context};
+
+/// Why a volume cannot be made writable.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// The backing failed.
+    #[error("the backing failed while the volume was being made writable: {0}")]
+    Io(#[from] io::Error),
+    /// No room for the map's pages.
+    #[error(
+        "the backing has no room left for the volume's map: {0}; free space on it, or serve with --read-only"
+    )]
+    NoRoom(io::Error),
+    /// Every slot is taken.
+    #[error("every slot of the backing is in use; serve with --read-only and export")]
+    Full,
+    /// The in-flight region is not usable.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// It is from an earlier life of the volume.
+    #[error(
+        "the guest's in-flight region is of session {ring}, but the volume has since been used in session \
+         {volume}: what this guest had written is lost to it. Restart the guest"
+    )]
+    StaleRing {
+        /// The ring's session.
+        ring: u16,
+        /// The volume's.
+        volume: u16,
+    },
+    /// The ring names data that is not there.
+    #[error(
+        "the in-flight region holds a write of block {0} whose data the backing does not have: it is not \
+         the backing that this guest was using. Nothing was changed"
+    )]
+    RingMismatch(u64),
+    /// Randomness or key wrapping failed.
+    #[error("no key could be drawn: {0}")]
+    Key(String),
+    /// The key table has no place left.
+    #[error(
+        "the key table is full ({TABLE_MAX} sessions are in use): export the volume and import it into a new one"
+    )]
+    TableFull,
+    /// Pages of the map are damaged in a way that leaves free space unknown.
+    #[error(
+        "damaged pages of both trees leave it unknown which slots are free; serve with --read-only and export"
+    )]
+    UnknownSpace,
+    /// A commit is under way.
+    #[error("the volume is still busy with its last frontend")]
+    Busy,
+    /// It was closed or has failed.
+    #[error("the volume has failed earlier and takes no more writes; restart the card")]
+    Failed,
+}
+
+impl Core {
+    /// Makes the volume writable, or binds another ring to a volume that already is. Blocking.
+    ///
+    /// # Errors
+    /// See [`AttachError`]; nothing was changed then.
+    pub(super) fn attach(
+        &mut self,
+        backing: &dyn Backing,
+        memory: Option<Arc<dyn RingMemory>>,
+        sequence: &mut dyn FnMut() -> u64,
+    ) -> Result<(), AttachError> {
+        if self.is_poisoned || self.phase == Phase::Closed {
+            return Err(AttachError::Failed);
+        }
+        let state = memory
+            .as_deref()
+            .map(|memory| ring::inspect(memory, &self.superblock.id))
+            .transpose()?;
+        let stale = |ring, volume| Err(AttachError::StaleRing { ring, volume });
+        if self.phase == Phase::Serving {
+            if !self.open.is_empty() || self.commit.is_some() {
+                return Err(AttachError::Busy);
+            }
+            match (state, &self.session) {
+                (Some(RingState::Live { session }), Some((current, _))) if session != *current => {
+                    return stale(session, *current);
+                }
+                _ => return self.bind(memory, sequence),
+            }
+        }
+        let mut adopted = 0;
+        if let (Some(RingState::Live { session }), Some(memory)) = (state, memory.as_deref()) {
+            if session == self.superblock.session {
+                self.adopt_ring(backing, memory, session)?;
+                adopted = session;
+            } else if session == self.superblock.adopted {
+                // Killed between the checkpoint that took this ring over and its new binding.
+                adopted = session;
+            } else {
+                return stale(session, self.superblock.session);
+            }
+        }
+        if !self.map.damaged().is_empty() && !self.space_tree.damaged().is_empty() {
+            return Err(AttachError::UnknownSpace);
+        }
+        self.find_page_slots();
+        self.draw_session()?;
+        self.superblock.adopted = adopted;
+        self.checkpoint_now(backing, false, sequence)?;
+        self.phase = Phase::Serving;
+        self.bind(memory, sequence)
+    }
+
+    fn bind(
+        &mut self,
+        memory: Option<Arc<dyn RingMemory>>,
+        sequence: &mut dyn FnMut() -> u64,
+    ) -> Result<(), AttachError> {
+        self.ring = None;
+        if let (Some(memory), Some((id, session))) = (memory, &self.session) {
+            let number = sequence();
+            self.ring = Some(RingWriter::bind(
+                memory,
+                &self.superblock.id,
+                (*id, session),
+                number,
+            )?);
+        }
+        Ok(())
+    }
+
+    /// Takes over the acknowledged writes of a ring.
+    fn adopt_ring(
+        &mut self,
+        backing: &dyn Backing,
+        memory: &dyn RingMemory,
+        session_id: u16,
+    ) -> Result<(), AttachError> {
+        if mutant::is(Mutant::IgnoreRing) {
+            return Ok(());
+        }
+        let session = self
+            .keyring
+            .get(session_id)
+            .cloned()
+            .ok_or(RingError::NotAuthentic)?;
+        let mut newest: HashMap<u64, Entry> = HashMap::new();
+        let mut last_batch = self.applied.batch;
+        for delta in ring::read_records(memory, &session)? {
+            if delta.batch <= self.applied.batch && !mutant::is(Mutant::ReplayAllRing) {
+                continue;
+            }
+            last_batch = last_batch.max(delta.batch);
+            let block = delta.block.0;
+            if block >= self.geometry.blocks || delta.entry.session() != session_id {
+                return Err(AttachError::RingMismatch(block));
+            }
+            let known = newest
+                .get(&block)
+                .copied()
+                .or_else(|| self.entry(block))
+                .unwrap_or(Entry::HOLE);
+            if known.session() != session_id || known.sequence() < delta.entry.sequence() {
+                newest.insert(block, delta.entry);
+            }
+        }
+        let mut winners: Vec<(u64, Entry)> = newest.into_iter().collect();
+        winners.sort_unstable_by_key(|(_, entry)| entry.slot());
+        // All are verified before anything changes.
+        let mut buffer = Buffer::zeroed(1);
+        for (block, entry) in &winners {
+            let is_possible =
+                self.geometry.is_data_slot(entry.slot()) && !self.space.is_used(entry.slot());
+            if !is_possible || self.map.is_damaged(block / FANOUT) {
+                return Err(AttachError::RingMismatch(*block));
+            }
+            backing.read_at(entry.slot().offset(), &mut buffer)?;
+            self.keyring
+                .open_block(crate::volume::geometry::Block(*block), entry, &mut buffer)
+                .map_err(|_| AttachError::RingMismatch(*block))?;
+        }
+        for (block, entry) in winners {
+            self.space.mark(entry.slot());
+            let page = self.map.leaf_mut(block / FANOUT);
+            let old = page.entry(block);
+            page.set_entry(block, entry);
+            if !old.is_hole() {
+                self.space_tree.set_used(old.slot(), false);
+                // Not free before the new map is durable.
+                self.space.retire(vec![old.slot()], false);
+            }
+            self.space_tree.set_used(entry.slot(), true);
+            self.count_live(&old, &entry);
+        }
+        self.applied.batch = last_batch;
+        self.next_batch = last_batch + 1;
+        Ok(())
+    }
+
+    /// Draws this activation's key. It becomes durable with the next superblock.
+    fn draw_session(&mut self) -> Result<(), AttachError> {
+        if mutant::is(Mutant::SameSession) && self.superblock.session > 1 {
+            let id = self.superblock.session;
+            self.session = self
+                .keyring
+                .get(id)
+                .map(|session| (id, Arc::clone(session)));
+            return Ok(());
+        }
+        let live = &self.live;
+        self.superblock
+            .table
+            .retain(|row| live.get(&row.id).is_some_and(|count| *count > 0));
+        if self.superblock.table.len() >= TABLE_MAX {
+            return Err(AttachError::TableFull);
+        }
+        let is_taken = |id: u16| self.keyring.get(id).is_some();
+        let next = self
+            .superblock
+            .session
+            .checked_add(1)
+            .filter(|id| !is_taken(*id));
+        let id = next
+            .or_else(|| (1..=u16::MAX).find(|id| !is_taken(*id)))
+            .ok_or(AttachError::TableFull)?;
+        let key = SessionKey::generate().map_err(|error| AttachError::Key(error.to_string()))?;
+        let wrapped = self
+            .dek
+            .wrap_session(&key, &session_context(&self.superblock.id, id))
+            .map_err(|error| AttachError::Key(error.to_string()))?;
+        let session = Arc::new(Session::derive(Engine::default(), &key));
+        self.superblock.table.push(KeyEntry {
+            id,
+            live: 0,
+            created: super::unix_seconds(),
+            wrapped,
+        });
+        let mut keyring = (*self.keyring).clone();
+        keyring.insert(id, Arc::clone(&session));
+        self.keyring = Arc::new(keyring);
+        self.keyring_version += 1;
+        self.session = Some((id, session));
+        Ok(())
+    }
+
+    /// A whole checkpoint with blocking I/O, while nothing else is under way.
+    pub(super) fn checkpoint_now(
+        &mut self,
+        backing: &dyn Backing,
+        is_clean: bool,
+        sequence: &mut dyn FnMut() -> u64,
+    ) -> Result<(), AttachError> {
+        while self.space.page_slots() < self.page_slots_needed() + 64 {
+            let run = self.space.take_run().ok_or(AttachError::Full)?;
+            let first = crate::volume::geometry::Slot(run.start).offset();
+            let len = run.len * crate::volume::geometry::BLOCK_LEN as u64;
+            if let Err(error) = backing.allocate(first, len) {
+                run.slots().for_each(|slot| self.space.free_now(slot));
+                self.backing_full = true;
+                if self.space.page_slots() >= self.page_slots_needed() {
+                    break;
+                }
+                return Err(AttachError::NoRoom(error));
+            }
+            self.space.add_page_slots(run);
+        }
+        let pages = self
+            .begin_checkpoint(is_clean, sequence)
+            .ok_or(AttachError::Full)?;
+        for write in pages {
+            backing.write_at(write.offset, &write.buffer)?;
+        }
+        if !mutant::is(Mutant::NoPageBarrier) {
+            backing.sync()?;
+        }
+        let first = self.seal_superblock(sequence).ok_or(AttachError::Full)?;
+        backing.write_at(first.offset, &first.buffer)?;
+        backing.sync()?;
+        if let Some(second) = self.finish_checkpoint() {
+            backing.write_at(second.offset, &second.buffer)?;
+        }
+        self.finish_mirror();
+        if is_clean {
+            backing.sync()?;
+        }
+        Ok(())
+    }
+}

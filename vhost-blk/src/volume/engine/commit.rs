@@ -1,0 +1,172 @@
+//! A commit: what makes acknowledged writes survive a power cut.
+//!
+//! 1. Take the open deltas as a batch; new ones gather for the next.
+//! 2. Write their log records. Data writes are not waited for: a delta exists only once its data
+//!    have landed.
+//! 3. **Wait until every record has completed**: a barrier is not ordered after writes that are
+//!    still under way.
+//! 4. One barrier, for data and log alike.
+//! 5. Put the batch into the map, only then give up the old slots, release the delta ring,
+//!    acknowledge.
+//!
+//! Flushes that arrive meanwhile share the next commit.
+
+use super::core::{Core, Deltas, Event};
+use super::{Failure, JobWrite};
+use crate::volume::buffer::Buffer;
+use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT};
+use crate::volume::log::{self, Delta, RECORD_DELTAS_MAX, RecordPlace};
+use crate::volume::mutant::{self, Mutant};
+use crate::volume::ranges::Ticket;
+use crate::volume::recover::LogPoint;
+use crate::volume::ring::Mark;
+
+/// A commit under way.
+pub(super) struct Commit {
+    /// Tasks to tell.
+    pub(super) waiters: Vec<Ticket>,
+    deltas: Vec<Delta>,
+    end: LogPoint,
+    blocks: u64,
+    ring: Option<Mark>,
+}
+
+impl Core {
+    /// Begins a commit: what to write before the barrier. `None`: the log is full, a checkpoint
+    /// has to come first.
+    pub(super) fn begin_commit(
+        &mut self,
+        sequence: &mut dyn FnMut() -> u64,
+    ) -> Option<Vec<JobWrite>> {
+        let (session_id, session) = self.session.clone()?;
+        debug_assert!(self.commit.is_none() && self.sealed.is_empty());
+        let records = self.open.len().div_ceil(RECORD_DELTAS_MAX);
+        let rest = self.open.len() - (records - 1) * RECORD_DELTAS_MAX;
+        let blocks =
+            (records as u64 - 1) * log::record_blocks(RECORD_DELTAS_MAX) + log::record_blocks(rest);
+        if self.log_used + blocks > self.geometry.log_blocks() {
+            self.wants_checkpoint = true;
+            return None;
+        }
+        self.sealed = std::mem::take(&mut self.open);
+        self.ring_pressure = false;
+        let mut deltas: Vec<Delta> = self
+            .sealed
+            .iter()
+            .map(|(block, entry)| Delta {
+                block: Block(*block),
+                entry: *entry,
+                old: self
+                    .map
+                    .leaf(block / FANOUT)
+                    .map_or(crate::volume::entry::Entry::HOLE, |page| page.entry(*block))
+                    .slot(),
+            })
+            .collect();
+        deltas.sort_unstable_by_key(|delta| delta.block);
+        let batch = self.next_batch;
+        self.next_batch += 1;
+        let mut end = LogPoint {
+            batch,
+            ..self.applied
+        };
+        let mut writes = Vec::new();
+        for (index, part) in deltas.chunks(RECORD_DELTAS_MAX).enumerate() {
+            let place = RecordPlace {
+                batch,
+                index: index as u32,
+                chain: end.chain,
+            };
+            let is_last = index + 1 == records;
+            let (record, tag) = log::seal(
+                place,
+                is_last,
+                part,
+                &self.superblock.id,
+                (session_id, &session),
+                sequence(),
+            );
+            let wrap = (self.geometry.log_blocks() - end.position) as usize;
+            let mut push = |position: u64, bytes: &[u8]| {
+                let offset = self.geometry.log_slot(position).offset();
+                writes.push(JobWrite {
+                    offset,
+                    buffer: Buffer::copy_of(bytes),
+                });
+            };
+            if record.blocks() <= wrap {
+                push(end.position, &record);
+            } else {
+                let (front, back) = record.split_at(wrap * BLOCK_LEN);
+                push(end.position, front);
+                push(0, back);
+            }
+            end.position = (end.position + record.blocks() as u64) % self.geometry.log_blocks();
+            end.chain = tag;
+        }
+        self.commit = Some(Commit {
+            waiters: std::mem::take(&mut self.flush_waiters),
+            deltas,
+            end,
+            blocks,
+            ring: self.ring.as_ref().map(|ring| ring.mark()),
+        });
+        Some(writes)
+    }
+
+    /// The barrier of the commit has completed.
+    pub(super) fn finish_commit(&mut self) {
+        let Some(commit) = self.commit.take() else {
+            return;
+        };
+        let (mut freed, mut discarded) = (Vec::new(), Vec::new());
+        for delta in &commit.deltas {
+            let page = self.map.leaf_mut(delta.block.0 / FANOUT);
+            let old = page.entry(delta.block.0);
+            page.set_entry(delta.block.0, delta.entry);
+            if !old.is_hole() {
+                self.space_tree.set_used(old.slot(), false);
+                if mutant::is(Mutant::EarlyFree) {
+                } else if delta.entry.is_hole() && self.can_punch {
+                    discarded.push(old.slot());
+                } else {
+                    freed.push(old.slot());
+                }
+            }
+            if !delta.entry.is_hole() {
+                self.space_tree.set_used(delta.entry.slot(), true);
+            }
+            self.count_live(&old, &delta.entry);
+        }
+        self.sealed = Deltas::default();
+        self.applied = commit.end;
+        self.log_used += commit.blocks;
+        if let (Some(ring), Some(mark)) = (&mut self.ring, commit.ring) {
+            ring.release(mark);
+        }
+        self.space.retire(freed, false);
+        self.space.retire(discarded, true);
+        for (lane, task) in commit.waiters {
+            self.tell(lane, Event::Committed(task, Ok(())));
+        }
+        self.feed_starved();
+    }
+
+    /// A task wants what is acknowledged so far to be durable. `Some`: at once.
+    pub(super) fn request_flush(&mut self, ticket: Ticket) -> Option<Result<(), Failure>> {
+        if self.is_poisoned {
+            return Some(Err(Failure::Poisoned));
+        }
+        if !self.open.is_empty() {
+            self.flush_waiters.push(ticket);
+            return None;
+        }
+        match &mut self.commit {
+            Some(commit) => {
+                commit.waiters.push(ticket);
+                None
+            }
+            None => Some(Ok(())),
+        }
+    }
+}

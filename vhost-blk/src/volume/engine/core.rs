@@ -1,0 +1,402 @@
+//! The volume's state, shared by all lanes behind one lock.
+//!
+//! Everything here is memory: no call does I/O or sealing of data, so the lock is held for
+//! fractions of a microsecond a request, and a lane takes it once a batch.
+//!
+//! Where a block's entry is looked for, newest first:
+//!
+//! ```text
+//! open    acknowledged since the last commit began   also in the delta ring
+//! sealed  being committed                            also in the delta ring
+//! map     committed: in the log, or in the pages on disk
+//! ```
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use crypto::keys::Dek;
+use crypto::session::Session;
+
+use super::checkpoint::Checkpoint;
+use super::commit::Commit;
+use super::{Failure, WakeLane};
+use crate::volume::entry::Entry;
+use crate::volume::geometry::{Block, FANOUT, Geometry, Slot};
+use crate::volume::mutant::{self, Mutant};
+use crate::volume::ranges::{Held, Ranges, Ticket};
+use crate::volume::recover::{LogPoint, Recovered};
+use crate::volume::ring::RingWriter;
+use crate::volume::sealing::Keyring;
+use crate::volume::space::{Run, Space};
+use crate::volume::superblock::Superblock;
+use crate::volume::tree::Tree;
+
+/// Blocks to entries that are not committed yet.
+pub(super) type Deltas = HashMap<u64, Entry, foldhash::fast::RandomState>;
+
+/// Sequence numbers of a session that are used at most: 2^36 writes, 256 TiB (see the format
+/// document on nonces).
+pub(super) const SEQUENCE_LIMIT: u64 = 1 << 36;
+
+/// What a lane is told by others.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A piece got its range.
+    Granted(u32, Held),
+    /// A task's commit is durable, or failed.
+    Committed(u32, Result<(), Failure>),
+    /// Room may be found now: try stalled pieces again.
+    Room,
+}
+
+pub(super) struct Inbox {
+    pub(super) events: VecDeque<Event>,
+    pub(super) wake: WakeLane,
+    pub(super) is_awake: bool,
+}
+
+/// Whether writes are possible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Opened, nothing written: reads work.
+    Opened,
+    /// A session is active.
+    Serving,
+    /// Closed clean.
+    Closed,
+}
+
+/// See the module.
+pub struct Core {
+    pub(super) phase: Phase,
+    pub(super) is_poisoned: bool,
+    pub(super) geometry: Geometry,
+    pub(super) superblock: Superblock,
+    pub(super) dek: Dek,
+    pub(super) keyring: Arc<Keyring>,
+    pub(super) keyring_version: u64,
+    pub(super) session: Option<(u16, Arc<Session>)>,
+    pub(super) map: Tree,
+    pub(super) space_tree: Tree,
+    pub(super) space: Space,
+    pub(super) open: Deltas,
+    pub(super) sealed: Deltas,
+    /// The batch that `open` will be.
+    pub(super) next_batch: u64,
+    /// The log behind the last batch that is in the map.
+    pub(super) applied: LogPoint,
+    pub(super) log_used: u64,
+    pub(super) commit: Option<Commit>,
+    /// Tasks that wait for the next commit.
+    pub(super) flush_waiters: Vec<Ticket>,
+    pub(super) checkpoint: Option<Checkpoint>,
+    pub(super) wants_checkpoint: bool,
+    /// The second superblock copy is being written.
+    pub(super) is_mirroring: bool,
+    pub(super) ring: Option<RingWriter>,
+    pub(super) ring_pressure: bool,
+    pub(super) ranges: Ranges,
+    pub(super) inboxes: Vec<Inbox>,
+    /// Lanes with stalled pieces.
+    pub(super) starved: Vec<u16>,
+    /// A run of slots for pages is being allocated in the backing.
+    pub(super) growing: bool,
+    /// The backing gave no room for pages.
+    pub(super) backing_full: bool,
+    pub(super) can_punch: bool,
+    pub(super) live: HashMap<u16, i64>,
+    /// Leaves that writes were admitted to since the last checkpoint began.
+    pub(super) touched: HashSet<u64, foldhash::fast::RandomState>,
+    /// Blocks that were landing when it began.
+    pub(super) touched_before: usize,
+    /// Blocks admitted and not yet published.
+    pub(super) landing: usize,
+}
+
+/// Deltas that are acknowledged and not committed, at most.
+pub(super) const OPEN_MAX: usize = 65_536;
+
+impl Core {
+    /// The state of a volume that was just opened.
+    pub fn new(recovered: Recovered) -> Self {
+        let Recovered {
+            superblock,
+            dek,
+            keyring,
+            map,
+            space: space_tree,
+            end,
+            log_used,
+            ..
+        } = recovered;
+        let geometry = superblock.geometry;
+        let mut core = Self {
+            phase: Phase::Opened,
+            is_poisoned: false,
+            geometry,
+            dek,
+            keyring: Arc::new(keyring),
+            keyring_version: 0,
+            session: None,
+            space: Space::new(geometry),
+            map,
+            space_tree,
+            open: Deltas::default(),
+            sealed: Deltas::default(),
+            next_batch: end.batch + 1,
+            applied: end,
+            log_used,
+            commit: None,
+            flush_waiters: Vec::new(),
+            checkpoint: None,
+            wants_checkpoint: false,
+            is_mirroring: false,
+            ring: None,
+            ring_pressure: false,
+            ranges: Ranges::default(),
+            inboxes: Vec::new(),
+            starved: Vec::new(),
+            growing: false,
+            backing_full: false,
+            can_punch: true,
+            live: HashMap::new(),
+            touched: HashSet::default(),
+            touched_before: 0,
+            landing: 0,
+            superblock,
+        };
+        core.find_used_slots();
+        core
+    }
+
+    /// Fills the allocator: what the space tree says, what the map says (they agree unless pages
+    /// are damaged), and the pages of both trees.
+    fn find_used_slots(&mut self) {
+        let Self {
+            space,
+            map,
+            space_tree,
+            live,
+            ..
+        } = self;
+        for (leaf, page) in space_tree.leaves() {
+            for field in 0..FANOUT {
+                let first = (leaf * FANOUT + field) * crate::volume::geometry::CHUNK_SLOTS;
+                for (index, byte) in page.field(field).iter().enumerate() {
+                    for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
+                        space.mark(Slot(first + index as u64 * 8 + bit));
+                    }
+                }
+            }
+        }
+        for (_, page) in map.leaves() {
+            for field in 0..FANOUT {
+                let entry = page.entry(field);
+                if !entry.is_hole() {
+                    space.mark(entry.slot());
+                    *live.entry(entry.session()).or_default() += 1;
+                }
+            }
+        }
+        for entry in map.page_entries().chain(space_tree.page_entries()) {
+            *live.entry(entry.session()).or_default() += 1;
+        }
+        for entry in map.page_entries().chain(space_tree.page_entries()) {
+            space.mark(entry.slot());
+        }
+    }
+
+    /// Sets the free slots of chunks that hold only pages aside for pages. Not before a ring was
+    /// taken over: it names data slots that nothing else knows of.
+    pub(super) fn find_page_slots(&mut self) {
+        let Self {
+            space,
+            map,
+            space_tree,
+            ..
+        } = self;
+        for entry in map.page_entries().chain(space_tree.page_entries()) {
+            space.adopt_page_chunk(entry.slot(), &|slot| space_tree.is_used(slot));
+        }
+    }
+
+    /// Notes that blocks are about to change: their leaves have to be in the next checkpoint.
+    pub(super) fn touch(&mut self, first: u64, count: u64) {
+        self.touched
+            .extend(first / FANOUT..=(first + count - 1) / FANOUT);
+    }
+
+    /// A block's newest acknowledged entry; `None` if its map leaf is damaged.
+    pub(super) fn entry(&self, block: u64) -> Option<Entry> {
+        if let Some(entry) = self.open.get(&block).or_else(|| self.sealed.get(&block)) {
+            return Some(*entry);
+        }
+        self.committed(block)
+    }
+
+    fn committed(&self, block: u64) -> Option<Entry> {
+        let leaf = block / FANOUT;
+        match self.map.leaf(leaf) {
+            Some(page) => Some(page.entry(block)),
+            None if self.map.is_damaged(leaf) => None,
+            None => Some(Entry::HOLE),
+        }
+    }
+
+    /// Makes `entry` what `block` reads as, unless a later write of the same session already is.
+    pub(super) fn publish(&mut self, block: Block, entry: Entry) {
+        let current = self.entry(block.0).unwrap_or(Entry::HOLE);
+        if !entry.is_hole()
+            && current.session() == entry.session()
+            && current.sequence() > entry.sequence()
+        {
+            self.space.free_now(entry.slot());
+            return;
+        }
+        if let Some(never_committed) = self.open.insert(block.0, entry)
+            && !never_committed.is_hole()
+        {
+            self.space.retire(vec![never_committed.slot()], false);
+        } else if mutant::is(Mutant::EarlyFree)
+            && let Some(old) = self.committed(block.0)
+            && !old.is_hole()
+        {
+            self.space.retire(vec![old.slot()], false);
+        }
+    }
+
+    /// Why a write cannot be taken at all now.
+    pub(super) fn refuses_writes(&self) -> Option<Failure> {
+        if self.is_poisoned {
+            Some(Failure::Poisoned)
+        } else if self.phase != Phase::Serving {
+            Some(Failure::ReadOnly)
+        } else {
+            None
+        }
+    }
+
+    /// Whether new deltas have to wait for a commit.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.open.len() >= OPEN_MAX
+    }
+
+    /// Page slots that a checkpoint of everything changed so far could take.
+    pub(super) fn page_slots_needed(&self) -> usize {
+        let changed = self
+            .map
+            .dirty_leaves()
+            .max(self.touched.len() + self.touched_before);
+        let leaves = self.geometry.blocks.div_ceil(FANOUT) as usize;
+        let space_leaves = self.geometry.chunks.div_ceil(FANOUT) as usize;
+        let tree = |mut level: usize, levels: usize| {
+            let mut pages = 0;
+            for _ in 0..levels {
+                pages += level.min(changed);
+                level = level.div_ceil(FANOUT as usize);
+            }
+            pages
+        };
+        tree(leaves, crate::volume::geometry::MAP_LEVELS)
+            + tree(space_leaves, crate::volume::geometry::SPACE_LEVELS)
+            + 16
+    }
+
+    /// Takes a run for data.
+    pub(super) fn take_run(&mut self) -> Option<Run> {
+        self.space.take_run()
+    }
+
+    /// Whether a commit or the end of reads could free slots.
+    pub(super) fn may_find_room(&self) -> bool {
+        !self.is_poisoned
+            && (!self.open.is_empty()
+                || self.commit.is_some()
+                || self.checkpoint.is_some()
+                || self.growing
+                || self.space.has_limbo())
+    }
+
+    /// Whether a commit should start.
+    pub(super) fn wants_commit(&self) -> bool {
+        self.commit.is_none()
+            && !self.is_poisoned
+            && self.phase == Phase::Serving
+            && !self.open.is_empty()
+            && (!self.flush_waiters.is_empty()
+                || self.open.len() >= OPEN_MAX / 2
+                || self.ring_pressure
+                || !self.starved.is_empty())
+    }
+
+    /// Whether a checkpoint should start.
+    pub(super) fn wants_checkpoint(&self) -> bool {
+        self.checkpoint.is_none()
+            && !self.is_mirroring
+            && !self.is_poisoned
+            && self.phase == Phase::Serving
+            && (self.wants_checkpoint || self.log_used > self.geometry.log_blocks() / 2)
+    }
+
+    /// Whether more slots for pages should be allocated.
+    pub(super) fn wants_page_slots(&self) -> bool {
+        !self.growing
+            && !self.backing_full
+            && self.phase == Phase::Serving
+            && self.space.page_slots() < self.page_slots_needed() + 64
+    }
+
+    /// Tells a lane something.
+    pub(super) fn tell(&mut self, lane: u16, event: Event) {
+        if let Some(inbox) = self.inboxes.get_mut(usize::from(lane)) {
+            inbox.events.push_back(event);
+        }
+    }
+
+    /// Tells every starved lane to try again.
+    pub(super) fn feed_starved(&mut self) {
+        for lane in std::mem::take(&mut self.starved) {
+            self.tell(lane, Event::Room);
+        }
+    }
+
+    /// Lanes with news, to be woken once the lock is released; `own` needs no wake.
+    pub(super) fn wakes(&mut self, own: u16) -> Vec<WakeLane> {
+        let mut wakes = Vec::new();
+        for (index, inbox) in self.inboxes.iter_mut().enumerate() {
+            if !inbox.events.is_empty() && !inbox.is_awake && index != usize::from(own) {
+                inbox.is_awake = true;
+                wakes.push(Arc::clone(&inbox.wake));
+            }
+        }
+        wakes
+    }
+
+    /// Gives up writing for good. What was acknowledged stays readable; a restart recovers what
+    /// is durable and what the delta ring holds.
+    pub(super) fn poison(&mut self) {
+        self.is_poisoned = true;
+        let commit = self
+            .commit
+            .take()
+            .map(|commit| commit.waiters)
+            .unwrap_or_default();
+        for (lane, task) in commit
+            .into_iter()
+            .chain(std::mem::take(&mut self.flush_waiters))
+        {
+            self.tell(lane, Event::Committed(task, Err(Failure::Poisoned)));
+        }
+        self.feed_starved();
+    }
+
+    /// Counts what names a session.
+    pub(super) fn count_live(&mut self, gone: &Entry, come: &Entry) {
+        if !gone.is_hole() {
+            *self.live.entry(gone.session()).or_default() -= 1;
+        }
+        if !come.is_hole() {
+            *self.live.entry(come.session()).or_default() += 1;
+        }
+    }
+}

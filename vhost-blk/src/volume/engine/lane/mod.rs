@@ -1,0 +1,464 @@
+//! One queue's part of the engine.
+//!
+//! A request becomes a *task*; a task is cut into *pieces* of at most 64 blocks, issued as the
+//! lane's budget of buffered bytes allows; a piece becomes I/O. So neither a guest's request size
+//! nor its queue depth decides how much memory a card uses.
+//!
+//! [`Lane::turn`] does a batch in three steps: under the core's lock, everything that has landed
+//! is published and everything new gets its entries, ranges and slots; then, without the lock,
+//! data are copied and sealed into *staging* buffers, where the writes of a batch, of whichever
+//! requests, take consecutive slots and leave as one contiguous write; then I/O is emitted.
+
+mod admit;
+mod flight;
+mod jobs;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use slab::Slab;
+use smallvec::SmallVec;
+
+use self::flight::{Flight, Landed, Staging};
+use self::jobs::Job;
+use super::core::{Core, Event};
+use super::request::{Done, Io, Op, Payload};
+use super::volume::Shared;
+use super::{Failure, WakeLane};
+use crate::volume::buffer::{Buffer, Pool};
+use crate::volume::entry::Entry;
+use crate::volume::geometry::{BLOCK_LEN, SECTOR_LEN, Slot};
+use crate::volume::ranges::Held;
+use crate::volume::sealing::Keyring;
+use crate::volume::space::Run;
+
+/// Bytes that a lane's requests may have in buffers at a time.
+const BUDGET_BYTES: usize = 8 << 20;
+/// Blocks of a discard that are looked at under one lock.
+const ERASE_BLOCKS: u64 = 1024;
+
+struct Task<P> {
+    payload: P,
+    op: Op,
+    /// Bytes of the request that pieces were made of.
+    issued: u64,
+    /// Pieces under way.
+    pieces: u32,
+    failure: Option<Failure>,
+    wants_commit: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PieceKind {
+    Read,
+    /// Whole blocks.
+    Write,
+    /// Part of one block: read, merge, write.
+    Merge,
+    /// Part of one block becomes zeros.
+    MergeZeroes,
+    /// Whole blocks become holes.
+    Erase,
+}
+
+struct Piece {
+    task: u32,
+    kind: PieceKind,
+    /// First block.
+    first: u64,
+    /// Blocks.
+    count: u64,
+    /// Where in the payload it begins.
+    at: usize,
+    /// Bytes of its first block that come before it.
+    skip: usize,
+    /// Bytes of it.
+    len: usize,
+    held: Option<Held>,
+    slots: SmallVec<[Run; 2]>,
+    sequence: u64,
+    /// The merged block.
+    merged: Option<Buffer>,
+    /// Blocks or reads still under way.
+    left: u64,
+    failure: Option<Failure>,
+}
+
+/// A stretch of consecutive slots to read.
+struct ReadPlan {
+    piece: u32,
+    /// First block, counted from the piece's first.
+    from: u64,
+    entries: SmallVec<[Entry; 1]>,
+    epoch: u64,
+}
+
+/// See the module.
+pub struct Lane<P> {
+    shared: Arc<Shared>,
+    id: u16,
+    keyring: Arc<Keyring>,
+    keyring_version: u64,
+    tasks: Slab<Task<P>>,
+    pieces: Slab<Piece>,
+    flights: Slab<Flight>,
+    jobs: Vec<Job>,
+    /// Tasks with bytes to issue.
+    unissued: VecDeque<u32>,
+    /// Pieces that want the lock.
+    admit: VecDeque<u32>,
+    /// Pieces that wait for room; tried again when there is news.
+    stalled: VecDeque<u32>,
+    /// Pieces with slots, to be sealed.
+    to_seal: Vec<u32>,
+    to_read: Vec<ReadPlan>,
+    landed: Vec<Landed>,
+    /// Epochs of reads that ended.
+    ended: Vec<u64>,
+    /// Pieces that hold a range and are over.
+    over: Vec<u32>,
+    /// Slots that were taken and not used.
+    unused: Vec<Slot>,
+    to_commit: Vec<u32>,
+    staging: Option<Staging>,
+    run: Run,
+    pool: Pool,
+    buffered: usize,
+    out: VecDeque<Io>,
+    done: VecDeque<Done<P>>,
+    wants_lock: bool,
+}
+
+impl<P: Payload> Lane<P> {
+    /// A lane of `shared`. `wake` must make its thread call [`Lane::on_wake`] and
+    /// [`Lane::turn`].
+    pub fn new(shared: Arc<Shared>, wake: WakeLane) -> Self {
+        let mut core = shared.lock();
+        let id = core.add_inbox(wake);
+        let keyring = Arc::clone(&core.keyring);
+        let keyring_version = core.keyring_version;
+        drop(core);
+        Self {
+            shared,
+            id,
+            keyring,
+            keyring_version,
+            tasks: Slab::new(),
+            pieces: Slab::new(),
+            flights: Slab::new(),
+            jobs: Vec::new(),
+            unissued: VecDeque::new(),
+            admit: VecDeque::new(),
+            stalled: VecDeque::new(),
+            to_seal: Vec::new(),
+            to_read: Vec::new(),
+            landed: Vec::new(),
+            ended: Vec::new(),
+            over: Vec::new(),
+            unused: Vec::new(),
+            to_commit: Vec::new(),
+            staging: None,
+            run: Run::default(),
+            pool: Pool::default(),
+            buffered: 0,
+            out: VecDeque::new(),
+            done: VecDeque::new(),
+            wants_lock: false,
+        }
+    }
+
+    /// Takes a request. It goes on with the next [`Lane::turn`].
+    pub fn submit(&mut self, op: Op, payload: P) {
+        let (len, wants_commit) = match op {
+            Op::Read { len, .. } => (len, false),
+            Op::Write { len, durable, .. } => (len, durable),
+            Op::Discard { len, .. } | Op::WriteZeroes { len, .. } => (len, true),
+            Op::Flush => (0, true),
+        };
+        let failure = (!self.is_in_volume(op)).then_some(Failure::Range);
+        let task = Task {
+            payload,
+            op,
+            issued: 0,
+            pieces: 0,
+            failure,
+            wants_commit,
+        };
+        let key = self.tasks.insert(task) as u32;
+        if len > 0 && failure.is_none() {
+            self.unissued.push_back(key);
+        } else {
+            self.settle_task(key);
+        }
+    }
+
+    fn is_in_volume(&self, op: Op) -> bool {
+        let (Op::Read { offset, len }
+        | Op::Write { offset, len, .. }
+        | Op::Discard { offset, len }
+        | Op::WriteZeroes { offset, len }) = op
+        else {
+            return true;
+        };
+        offset.is_multiple_of(SECTOR_LEN)
+            && len.is_multiple_of(SECTOR_LEN)
+            && offset
+                .checked_add(len)
+                .is_some_and(|end| end <= self.shared.volume_len())
+    }
+
+    /// Does everything that can be done now. To be called after requests, results or wakes.
+    pub fn turn(&mut self) {
+        loop {
+            self.issue();
+            if !self.has_work() {
+                break;
+            }
+            self.locked();
+            self.unlocked();
+        }
+        self.emit_staging();
+    }
+
+    fn has_work(&self) -> bool {
+        self.wants_lock
+            || !(self.admit.is_empty()
+                && self.landed.is_empty()
+                && self.ended.is_empty()
+                && self.over.is_empty()
+                && self.unused.is_empty()
+                && self.to_commit.is_empty())
+    }
+
+    /// The next operation for the backing.
+    pub fn next_io(&mut self) -> Option<Io> {
+        self.out.pop_front()
+    }
+
+    /// The next finished request.
+    pub fn next_done(&mut self) -> Option<Done<P>> {
+        self.done.pop_front()
+    }
+
+    /// Somebody called this lane's waker.
+    pub fn on_wake(&mut self) {
+        self.wants_lock = true;
+    }
+
+    /// Requests taken and not yet given back.
+    pub fn tasks(&self) -> usize {
+        self.tasks.len() + self.done.len()
+    }
+
+    /// Operations and background jobs under way.
+    pub fn is_idle(&self) -> bool {
+        self.tasks() == 0 && self.flights.is_empty() && self.jobs.is_empty() && self.out.is_empty()
+    }
+
+    /// Cuts tasks into pieces while there is room for their bytes.
+    fn issue(&mut self) {
+        while let Some(key) = self.unissued.front().copied() {
+            if self.buffered >= BUDGET_BYTES {
+                return;
+            }
+            let Some(task) = self.tasks.get_mut(key as usize) else {
+                self.unissued.pop_front();
+                continue;
+            };
+            let piece = if task.failure.is_some() {
+                None
+            } else {
+                next_piece(key, task)
+            };
+            let Some(piece) = piece else {
+                self.unissued.pop_front();
+                task.issued = u64::MAX;
+                if task.pieces == 0 {
+                    self.settle_task(key);
+                }
+                continue;
+            };
+            task.pieces += 1;
+            if piece.kind != PieceKind::Erase {
+                self.buffered += piece.count as usize * BLOCK_LEN;
+            }
+            let piece = self.pieces.insert(piece) as u32;
+            self.admit.push_back(piece);
+        }
+    }
+
+    /// All of a task's pieces are over (or it has none): on to the commit, or done.
+    fn settle_task(&mut self, key: u32) {
+        let Some(task) = self.tasks.get(key as usize) else {
+            return;
+        };
+        if task.failure.is_none() && task.wants_commit {
+            self.to_commit.push(key);
+        } else {
+            self.finish_task(key, Ok(()));
+        }
+    }
+
+    fn finish_task(&mut self, key: u32, result: Result<(), Failure>) {
+        let task = self.tasks.remove(key as usize);
+        let result = task.failure.map_or(result, Err);
+        self.done.push_back(Done {
+            payload: task.payload,
+            result,
+        });
+    }
+
+    /// A piece that holds nothing any more is over.
+    fn finish_piece(&mut self, key: u32) {
+        let piece = self.pieces.remove(key as usize);
+        debug_assert!(piece.held.is_none());
+        if piece.kind != PieceKind::Erase {
+            self.buffered -= piece.count as usize * BLOCK_LEN;
+        }
+        if let Some(buffer) = piece.merged {
+            self.pool.give(buffer);
+        }
+        let Some(task) = self.tasks.get_mut(piece.task as usize) else {
+            return;
+        };
+        task.pieces -= 1;
+        task.failure = task.failure.or(piece.failure);
+        if task.pieces == 0 && task.issued == u64::MAX {
+            self.settle_task(piece.task);
+        }
+    }
+
+    /// The part of a turn that needs the core.
+    fn locked(&mut self) {
+        self.wants_lock = false;
+        let shared = Arc::clone(&self.shared);
+        let mut core = shared.lock();
+        if core.keyring_version != self.keyring_version {
+            self.keyring = Arc::clone(&core.keyring);
+            self.keyring_version = core.keyring_version;
+        }
+        self.read_inbox(&mut core);
+        self.publish_landed(&mut core);
+        for epoch in self.ended.drain(..) {
+            core.space.end_read(epoch);
+        }
+        for slot in self.unused.drain(..) {
+            core.space.free_now(slot);
+        }
+        self.release_ranges(&mut core);
+        self.reclaim(&mut core);
+        self.admit_all(&mut core);
+        for key in std::mem::take(&mut self.to_commit) {
+            if let Some(result) = core.request_flush((self.id, key)) {
+                self.finish_task(key, result);
+            }
+        }
+        self.start_jobs(&mut core);
+        // Events for this lane itself, from releases and failures above.
+        self.wants_lock |= core.has_events(self.id);
+        let wakes = core.wakes(self.id);
+        drop(core);
+        for wake in wakes {
+            wake();
+        }
+    }
+
+    fn read_inbox(&mut self, core: &mut Core) {
+        for event in core.take_events(self.id) {
+            match event {
+                Event::Granted(piece, held) => {
+                    self.pieces[piece as usize].held = Some(held);
+                    self.admit.push_back(piece);
+                }
+                Event::Committed(task, result) => self.finish_task(task, result),
+                Event::Room => self.admit.append(&mut self.stalled),
+            }
+        }
+    }
+
+    fn release_ranges(&mut self, core: &mut Core) {
+        for key in std::mem::take(&mut self.over) {
+            if let Some(held) = self.pieces[key as usize].held.take() {
+                core.release_range(held);
+            }
+            self.finish_piece(key);
+        }
+    }
+
+    /// The part of a turn that copies and seals.
+    fn unlocked(&mut self) {
+        for plan in std::mem::take(&mut self.to_read) {
+            self.emit_read(plan);
+        }
+        for key in std::mem::take(&mut self.to_seal) {
+            self.seal_piece(key);
+        }
+    }
+}
+
+/// The next piece of a task; `None` if all of it is issued.
+fn next_piece<P>(key: u32, task: &mut Task<P>) -> Option<Piece> {
+    let block = BLOCK_LEN as u64;
+    let (offset, len) = match task.op {
+        Op::Read { offset, len }
+        | Op::Write { offset, len, .. }
+        | Op::Discard { offset, len }
+        | Op::WriteZeroes { offset, len } => (offset, len),
+        Op::Flush => return None,
+    };
+    loop {
+        if task.issued >= len {
+            return None;
+        }
+        let start = offset + task.issued;
+        let end = offset + len;
+        let first = start / block;
+        let skip = start % block;
+        let is_partial = skip != 0 || end - start < block;
+        let (kind, piece_end) = match task.op {
+            Op::Read { .. } => (
+                PieceKind::Read,
+                end.min((first + Pool::MAX_BLOCKS as u64) * block),
+            ),
+            Op::Discard { .. } | Op::WriteZeroes { .. } | Op::Write { .. } if is_partial => {
+                let kind = match task.op {
+                    Op::Write { .. } => PieceKind::Merge,
+                    _ => PieceKind::MergeZeroes,
+                };
+                (kind, end.min((first + 1) * block))
+            }
+            Op::Write { .. } => {
+                let whole = end / block;
+                (
+                    PieceKind::Write,
+                    whole.min(first + Pool::MAX_BLOCKS as u64) * block,
+                )
+            }
+            _ => (
+                PieceKind::Erase,
+                (end / block).min(first + ERASE_BLOCKS) * block,
+            ),
+        };
+        let at = task.issued;
+        task.issued = piece_end - offset;
+        if kind == PieceKind::MergeZeroes && matches!(task.op, Op::Discard { .. }) {
+            // A discard is a wish: what is not a whole block stays as it is.
+            continue;
+        }
+        return Some(Piece {
+            task: key,
+            kind,
+            first,
+            count: piece_end.div_ceil(block) - first,
+            at: at as usize,
+            skip: skip as usize,
+            len: (piece_end - start) as usize,
+            held: None,
+            slots: SmallVec::new(),
+            sequence: 0,
+            merged: None,
+            left: 0,
+            failure: None,
+        });
+    }
+}

@@ -1,0 +1,317 @@
+//! A volume that is open: what lanes share, and the blocking calls of the control plane.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use crypto::session::Session;
+use thiserror::Error;
+
+use super::activate::AttachError;
+use super::core::{Core, Event, Inbox, Phase};
+use super::lane::Lane;
+use super::request::{IoKind, Op, Payload, PayloadFault};
+use super::{Failure, Reporter, Stats, WakeLane};
+use crate::volume::backing::Backing;
+use crate::volume::recover::Recovered;
+use crate::volume::ring::RingMemory;
+use crate::volume::superblock::{SERIAL_LEN, VolumeId};
+
+/// What the lanes of a volume have in common.
+pub struct Shared {
+    core: Mutex<Core>,
+    sequence: AtomicU64,
+    session: OnceLock<(u16, Arc<Session>)>,
+    volume_len: AtomicU64,
+    stats: Stats,
+    reporter: Box<dyn Reporter>,
+}
+
+impl Shared {
+    /// The shared state of a volume that was just opened.
+    pub fn new(recovered: Recovered, reporter: Box<dyn Reporter>) -> Arc<Self> {
+        let volume_len = recovered.superblock.geometry.volume_len().into();
+        Arc::new(Self {
+            core: Mutex::new(Core::new(recovered)),
+            sequence: AtomicU64::new(1),
+            session: OnceLock::new(),
+            volume_len,
+            stats: Stats::default(),
+            reporter,
+        })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Core> {
+        // A panic under the lock is a bug that ends the process; until then nothing is gained by
+        // panicking in every other thread.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reserves consecutive sequence numbers. This is the only place where they come from, so
+    /// none is used twice.
+    pub(super) fn take_sequences(&self, count: u64) -> u64 {
+        let first = self.sequence.fetch_add(count, Ordering::Relaxed);
+        #[cfg(test)]
+        crate::volume::sim::note_sequences(
+            self.session.get().map(|s| Arc::clone(&s.1)),
+            first,
+            count,
+        );
+        first
+    }
+
+    pub(super) fn sequence_now(&self) -> u64 {
+        self.sequence.load(Ordering::Relaxed)
+    }
+
+    /// This activation's session.
+    pub(super) fn session(&self) -> Option<(u16, &Session)> {
+        self.session.get().map(|(id, session)| (*id, &**session))
+    }
+
+    /// Bytes that the guest sees.
+    pub fn volume_len(&self) -> u64 {
+        self.volume_len.load(Ordering::Relaxed)
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    pub(super) fn reporter(&self) -> &dyn Reporter {
+        &*self.reporter
+    }
+
+    pub(super) fn damaged(&self, block: u64) {
+        Stats::add(&self.stats.not_authentic, 1);
+        self.reporter.not_authentic(block);
+    }
+}
+
+impl Core {
+    pub(super) fn add_inbox(&mut self, wake: WakeLane) -> u16 {
+        self.inboxes.push(Inbox {
+            events: Default::default(),
+            wake,
+            is_awake: false,
+        });
+        (self.inboxes.len() - 1) as u16
+    }
+
+    pub(super) fn take_events(&mut self, lane: u16) -> std::collections::VecDeque<Event> {
+        let inbox = &mut self.inboxes[usize::from(lane)];
+        inbox.is_awake = false;
+        std::mem::take(&mut inbox.events)
+    }
+
+    pub(super) fn has_events(&self, lane: u16) -> bool {
+        !self.inboxes[usize::from(lane)].events.is_empty()
+    }
+}
+
+/// Why a volume did not settle.
+#[derive(Debug, Error)]
+pub enum VolumeError {
+    /// What was acknowledged could not be made durable.
+    #[error("what the guest was told is written could not be made durable: {0}")]
+    Flush(Failure),
+    /// The last checkpoint failed.
+    #[error(transparent)]
+    Close(#[from] AttachError),
+}
+
+/// A request without memory, for flushes of our own.
+struct NoPayload;
+
+impl Payload for NoPayload {
+    fn load(&mut self, _: usize, _: &mut [u8]) -> Result<(), PayloadFault> {
+        Err(PayloadFault)
+    }
+    fn store(&mut self, _: usize, _: &[u8]) -> Result<(), PayloadFault> {
+        Err(PayloadFault)
+    }
+}
+
+/// Wakes a thread that waits in [`drive`].
+#[derive(Default)]
+struct Bell {
+    has_rung: Mutex<bool>,
+    rings: Condvar,
+}
+
+impl Bell {
+    fn ring(&self) {
+        *self.has_rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.rings.notify_all();
+    }
+
+    fn wait(&self) {
+        let has_rung = self.has_rung.lock().unwrap_or_else(PoisonError::into_inner);
+        // The time-out is a belt: every event rings.
+        let (mut has_rung, _) = self
+            .rings
+            .wait_timeout_while(has_rung, Duration::from_millis(20), |rung| !*rung)
+            .unwrap_or_else(PoisonError::into_inner);
+        *has_rung = false;
+    }
+}
+
+/// Does a lane's I/O with blocking calls until it has nothing left to do itself.
+pub(crate) fn drive<P: Payload>(lane: &mut Lane<P>, backing: &dyn Backing) {
+    loop {
+        lane.turn();
+        let Some(io) = lane.next_io() else { return };
+        let (result, kind) = perform(io.kind, backing);
+        lane.on_io(io.id, result, kind.into_buffer());
+    }
+}
+
+/// One operation, with its result as io_uring would give it.
+fn perform(mut kind: IoKind, backing: &dyn Backing) -> (i32, IoKind) {
+    let (moved, result) = match &mut kind {
+        IoKind::Read {
+            offset,
+            skip,
+            buffer,
+        } => {
+            let part = &mut buffer[*skip..];
+            (part.len(), backing.read_at(*offset, part))
+        }
+        IoKind::Write {
+            offset,
+            skip,
+            buffer,
+        } => {
+            let part = &buffer[*skip..];
+            (part.len(), backing.write_at(*offset, part))
+        }
+        IoKind::Sync => (0, backing.sync()),
+        IoKind::Allocate { offset, len } => (0, backing.allocate(*offset, *len)),
+        IoKind::Punch { offset, len } => (0, backing.punch(*offset, *len)),
+    };
+    let errno = |error: io::Error| -error.raw_os_error().unwrap_or(5);
+    (result.map_or_else(errno, |()| moved as i32), kind)
+}
+
+/// An open volume.
+pub struct Volume {
+    shared: Arc<Shared>,
+    backing: Arc<dyn Backing>,
+    own: Mutex<Lane<NoPayload>>,
+    bell: Arc<Bell>,
+}
+
+impl Volume {
+    /// A volume from what [`recover`](crate::volume::recover::recover) found.
+    pub fn new(
+        recovered: Recovered,
+        backing: Arc<dyn Backing>,
+        reporter: Box<dyn Reporter>,
+    ) -> Self {
+        let shared = Shared::new(recovered, reporter);
+        let bell = Arc::new(Bell::default());
+        let ring = Arc::clone(&bell);
+        let own = Mutex::new(Lane::new(
+            Arc::clone(&shared),
+            Arc::new(move || ring.ring()),
+        ));
+        Self {
+            shared,
+            backing,
+            own,
+            bell,
+        }
+    }
+
+    /// What lanes are made of.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Its id.
+    pub fn id(&self) -> VolumeId {
+        self.shared.lock().superblock.id
+    }
+
+    /// What GET_ID answers.
+    pub fn serial(&self) -> [u8; SERIAL_LEN] {
+        self.shared.lock().superblock.serial
+    }
+
+    /// Whether it can be written now.
+    pub fn phase(&self) -> Phase {
+        self.shared.lock().phase
+    }
+
+    /// Makes the volume writable for a frontend that keeps `ring` (or none), taking over what a
+    /// killed card left in it. Blocking; no lane may have requests.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub fn attach(&self, ring: Option<Arc<dyn RingMemory>>) -> Result<(), AttachError> {
+        if self.phase() == Phase::Serving {
+            self.settle().map_err(|_| AttachError::Failed)?;
+        }
+        let mut core = self.shared.lock();
+        core.attach(&*self.backing, ring, &mut || self.shared.take_sequences(1))?;
+        if let Some((id, session)) = &core.session {
+            let _ = self.shared.session.set((*id, Arc::clone(session)));
+        }
+        Ok(())
+    }
+
+    /// Makes durable whatever is acknowledged and waits for background work. Blocking; other
+    /// lanes' threads must be running if they have work under way.
+    ///
+    /// # Errors
+    /// It could not be made durable.
+    pub fn settle(&self) -> Result<(), VolumeError> {
+        let mut lane = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        lane.submit(Op::Flush, NoPayload);
+        loop {
+            lane.on_wake();
+            drive(&mut lane, &*self.backing);
+            let flushed = lane.next_done();
+            if let Some(done) = flushed {
+                done.result.map_err(VolumeError::Flush)?;
+            }
+            if lane.tasks() == 0 && self.shared.lock().is_quiet() {
+                return Ok(());
+            }
+            self.bell.wait();
+        }
+    }
+
+    /// Makes everything durable and marks the volume clean. No lane may have requests.
+    ///
+    /// # Errors
+    /// It could not; the volume is then recovered at its next opening.
+    pub fn close(&self) -> Result<(), VolumeError> {
+        if self.phase() != Phase::Serving {
+            return Ok(());
+        }
+        self.settle()?;
+        let mut core = self.shared.lock();
+        core.space
+            .release()
+            .into_iter()
+            .for_each(|slot| core.space.free_now(slot));
+        core.checkpoint_now(&*self.backing, true, &mut || self.shared.take_sequences(1))?;
+        core.phase = Phase::Closed;
+        Ok(())
+    }
+}
+
+impl Core {
+    /// No commit or checkpoint is under way and none is needed.
+    fn is_quiet(&self) -> bool {
+        self.is_poisoned
+            || (self.commit.is_none()
+                && self.open.is_empty()
+                && self.checkpoint.is_none()
+                && !self.is_mirroring
+                && !self.growing)
+    }
+}

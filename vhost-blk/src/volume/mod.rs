@@ -1,0 +1,32 @@
+//! The sealed volume.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`geometry`] | sizes, blocks, slots, chunks |
+//! | [`superblock`], [`page`], [`log`], [`ring`], [`entry`] | the stored formats, pure |
+//! | [`tree`], [`space`], [`ranges`] | map, allocator, write ranges, in memory |
+//! | [`recover`] | from a backing to an open volume |
+//! | [`engine`] | the running volume: a state machine without I/O |
+//! | [`backing`] | files and devices |
+//!
+//! What it guarantees, against whom, and which test shows it, is in `docs/volume-format.md`.
+
+pub mod backing;
+pub mod buffer;
+pub mod create;
+pub mod engine;
+pub mod entry;
+pub mod geometry;
+pub mod log;
+mod mutant;
+pub mod page;
+mod ranges;
+pub mod recover;
+pub mod ring;
+pub mod sealing;
+mod space;
+pub mod superblock;
+pub mod tree;
+
+#[cfg(test)]
+mod sim;

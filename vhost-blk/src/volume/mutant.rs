@@ -1,0 +1,55 @@
+//! Deliberate breaks of the protocol. The crash tests switch them on to show that they would
+//! notice: a test that passes with the protocol broken proves nothing.
+
+/// A step of the protocol left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// The barrier of a commit starts before its log records have completed.
+    SyncBeforeLog,
+    /// A commit is acknowledged without a barrier.
+    NoBarrier,
+    /// Old slots are freed when they are superseded, not when the commit is durable.
+    EarlyFree,
+    /// The last commit's data are not authenticated at recovery.
+    SkipVerify,
+    /// A write is acknowledged before it has landed.
+    EarlyAck,
+    /// The delta ring is not read at recovery.
+    IgnoreRing,
+    /// Ring records of committed batches are replayed too.
+    ReplayAllRing,
+    /// The superblock is written without waiting for the pages' barrier.
+    NoPageBarrier,
+    /// Replaced pages are freed before the superblock is durable.
+    EarlyPageFree,
+    /// Recovery trusts the page cache: no barrier before it reads.
+    NoRecoverySync,
+    /// The session of the last activation goes on after a crash, from sequence 1.
+    SameSession,
+    /// Only one superblock copy is ever written.
+    OneSuperblock,
+}
+
+#[cfg(test)]
+thread_local! {
+    static CURRENT: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
+}
+
+/// Whether the running test broke this step.
+#[cfg(test)]
+pub(crate) fn is(mutant: Mutant) -> bool {
+    CURRENT.get() == Some(mutant)
+}
+
+/// Never, outside of tests.
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) const fn is(_: Mutant) -> bool {
+    false
+}
+
+/// Breaks a step for the rest of the thread.
+#[cfg(test)]
+pub(crate) fn set(mutant: Option<Mutant>) {
+    CURRENT.set(mutant);
+}
