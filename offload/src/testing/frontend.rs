@@ -2,8 +2,8 @@
 //!
 //! Two of them: [`RawFrontend`] sends any bytes with any descriptors, for what a good frontend never
 //! does; [`TestFrontend`] is `vhost`'s [`Frontend`], an implementation that is not ours and so would
-//! notice where we read the specification in our own way. Guest memory is a memfd ([`GuestRam`]),
-//! shared as QEMU shares it with `memory-backend-memfd,share=on`.
+//! notice where we read the specification in our own way. Guest memory and the driver's rings are
+//! [`super::driver`]'s.
 //!
 //! Everything panics on failure: this is for tests.
 
@@ -12,13 +12,11 @@
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::EventfdFlags;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -28,10 +26,11 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
 
-use crate::memory::GuestMemory;
+use super::driver::{DriverQueue, GuestRam};
+use crate::memory::RegionInfo;
 use crate::vhost_user::message::{HEADER_LEN, MAX_MESSAGE_FDS};
+use crate::virtqueue::RingLayout;
 
 /// Set in the flags of every message.
 pub const VERSION: u32 = 1;
@@ -201,133 +200,29 @@ fn connect(path: &Path) -> UnixStream {
     }
 }
 
-/// One region of guest memory in a memfd, mapped here.
-#[derive(Clone, Debug)]
-pub struct GuestRam {
-    memory: Arc<GuestMemory>,
-    file: Arc<File>,
-    guest_addr: u64,
-    len: usize,
+/// A region of guest memory as the body of ADD_MEM_REG and REM_MEM_REG.
+#[must_use]
+pub fn region_body(region: &RegionInfo) -> Vec<u8> {
+    words(&[
+        0,
+        region.guest_phys_addr,
+        region.size,
+        region.userspace_addr,
+        region.mmap_offset,
+    ])
 }
 
-impl GuestRam {
-    /// `len` zero bytes at guest physical address `guest_addr`.
-    #[must_use]
-    pub fn new(guest_addr: u64, len: usize) -> Self {
-        let fd = rustix::fs::memfd_create("guest-ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let file = File::from(fd);
-        file.set_len(len as u64).unwrap();
-        let at = FileOffset::new(file.try_clone().unwrap(), 0);
-        let ranges = [(GuestAddress(guest_addr), len, Some(at))];
-        let memory = GuestMemory::from_ranges_with_files(ranges).unwrap();
-        Self {
-            memory: Arc::new(memory),
-            file: Arc::new(file),
-            guest_addr,
-            len,
-        }
-    }
-
-    /// The memory as the guest's driver sees it.
-    #[must_use]
-    pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
-    }
-
-    /// Its file.
-    #[must_use]
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// First guest physical address.
-    #[must_use]
-    pub fn guest_addr(&self) -> u64 {
-        self.guest_addr
-    }
-
-    /// Our own address of a guest physical address, as SET_VRING_ADDR wants it.
-    #[must_use]
-    pub fn user_addr(&self, guest_addr: u64) -> u64 {
-        let region = self.memory.iter().next().unwrap();
-        region.as_ptr() as u64 + (guest_addr - self.guest_addr)
-    }
-
-    /// As a region of a memory table. The descriptor in it is this region's file.
-    #[must_use]
-    pub fn info(&self) -> VhostUserMemoryRegionInfo {
-        VhostUserMemoryRegionInfo {
-            guest_phys_addr: self.guest_addr,
-            memory_size: self.len as u64,
-            userspace_addr: self.user_addr(self.guest_addr),
-            mmap_offset: 0,
-            mmap_handle: self.file.as_raw_fd(),
-        }
-    }
-
-    /// As the body of ADD_MEM_REG and REM_MEM_REG.
-    #[must_use]
-    pub fn region_body(&self) -> Vec<u8> {
-        let info = self.info();
-        words(&[
-            0,
-            info.guest_phys_addr,
-            info.memory_size,
-            info.userspace_addr,
-            info.mmap_offset,
-        ])
-    }
-}
-
-/// Where a ring is in guest physical memory, and how it starts.
-#[derive(Clone, Copy, Debug)]
-pub struct RingSetup {
-    /// Number of descriptors.
-    pub size: u16,
-    /// Next available index.
-    pub base: u16,
-    /// Descriptor table.
-    pub desc_table: u64,
-    /// Available ring.
-    pub avail_ring: u64,
-    /// Used ring.
-    pub used_ring: u64,
-}
-
-/// The eventfds of a ring that was started.
-#[derive(Debug)]
-pub struct RingFds {
-    /// To be written by the driver.
-    pub kick: OwnedFd,
-    /// Written by the backend.
-    pub call: OwnedFd,
-}
-
-impl RingFds {
-    fn new() -> Self {
-        let eventfd =
-            || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-        Self {
-            kick: eventfd(),
-            call: eventfd(),
-        }
-    }
-
-    /// Tells the backend that there are buffers.
-    pub fn kick(&self) {
-        rustix::io::write(&self.kick, &1u64.to_ne_bytes()).unwrap();
-    }
-
-    /// Waits for an interrupt and takes it; `false` if none came in time.
-    #[must_use]
-    pub fn wait_for_call(&self, timeout: Duration) -> bool {
-        let mut fds = [rustix::event::PollFd::new(
-            &self.call,
-            rustix::event::PollFlags::IN,
-        )];
-        let ready = rustix::event::poll(&mut fds, Some(&crate::stop::timespec(timeout))).unwrap();
-        ready == 1 && rustix::io::read(&self.call, &mut [0; 8]).is_ok()
-    }
+/// The body of SET_VRING_ADDR for a ring in `ram`.
+#[must_use]
+pub fn vring_addr(queue: u32, ram: &GuestRam, ring: &RingLayout) -> Vec<u8> {
+    let mut body = vring_state(queue, 0);
+    body.extend(words(&[
+        ram.user_addr(ring.desc_table),
+        ram.user_addr(ring.used_ring),
+        ram.user_addr(ring.avail_ring),
+        0,
+    ]));
+    body
 }
 
 /// A well-behaved frontend: `vhost`'s.
@@ -376,15 +271,25 @@ impl TestFrontend {
 
     /// Shares guest memory (ADD_MEM_REG).
     pub fn add_memory(&mut self, ram: &GuestRam) {
-        self.vhost.add_mem_region(&ram.info()).unwrap();
+        let region = ram.region();
+        let info = VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.guest_phys_addr,
+            memory_size: region.size,
+            userspace_addr: region.userspace_addr,
+            mmap_offset: region.mmap_offset,
+            mmap_handle: ram.fd().as_raw_fd(),
+        };
+        self.vhost.add_mem_region(&info).unwrap();
     }
 
-    /// Describes, starts and enables a ring. [`Self::negotiate`] comes first.
-    #[must_use]
-    pub fn start_ring(&mut self, queue: u16, ram: &GuestRam, ring: &RingSetup) -> RingFds {
+    /// Describes the driver's ring, starts it at the available index `base`, and enables it.
+    /// [`Self::negotiate`] and [`Self::add_memory`] come first.
+    pub fn start_ring(&mut self, queue: u16, driver: &DriverQueue, base: u16) {
         let index = usize::from(queue);
+        let ring = driver.layout();
+        let ram = driver.ram();
         self.vhost.set_vring_num(index, ring.size).unwrap();
-        self.vhost.set_vring_base(index, ring.base).unwrap();
+        self.vhost.set_vring_base(index, base).unwrap();
         let config = VringConfigData {
             queue_max_size: ring.size,
             queue_size: ring.size,
@@ -395,17 +300,16 @@ impl TestFrontend {
             log_addr: None,
         };
         self.vhost.set_vring_addr(index, &config).unwrap();
-        let fds = RingFds::new();
-        // Not through `vhost`, whose eventfds are another crate's type.
+        // Not through `vhost`, whose eventfds are another crate's type. Call first: a ring that
+        // finds buffers at once has to tell somebody.
         for (request, fd) in [
-            (FrontendReq::SET_VRING_KICK, &fds.kick),
-            (FrontendReq::SET_VRING_CALL, &fds.call),
+            (FrontendReq::SET_VRING_CALL, driver.call_fd()),
+            (FrontendReq::SET_VRING_KICK, driver.kick_fd()),
         ] {
             let body = words(&[queue.into()]);
-            assert!(self.raw.is_accepted(request, &body, &[fd.as_fd()]));
+            assert!(self.raw.is_accepted(request, &body, &[fd]));
         }
         self.vhost.set_vring_enable(index, true).unwrap();
-        fds
     }
 
     /// Stops a ring (GET_VRING_BASE); gives its next available index.

@@ -23,9 +23,8 @@ use crate::telemetry::{QueueStats, RateLimited};
 use crate::worker::{QueueThread, WorkerError};
 
 /// What the house adds to [`Device::features`].
-const HOUSE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
-    | 1 << VIRTIO_RING_F_INDIRECT_DESC
-    | 1 << VIRTIO_RING_F_EVENT_IDX;
+const HOUSE_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// SET_VRING_KICK has 8 bits for the queue's index.
 const QUEUES_MAX: u16 = 256;
@@ -71,7 +70,9 @@ impl<D: Device> Backend<D> {
     /// A thread cannot be started, or the device's numbers make no sense.
     pub fn new(device: Arc<D>, stats: &[Arc<QueueStats>]) -> Result<Self, BackendError> {
         if stats.len() != usize::from(device.queue_count()) {
-            return Err(BackendError::Device("one QueueStats for each queue is needed"));
+            return Err(BackendError::Device(
+                "one QueueStats for each queue is needed",
+            ));
         }
         let inner = Inner::new(Arc::clone(&device), |device| {
             (0..device.queue_count())
@@ -113,7 +114,7 @@ impl<D: Device> Backend<D> {
     /// The same, to be kept by whoever changes the configuration.
     #[must_use]
     pub fn config_change_notifier(&self) -> ConfigChangeNotifier {
-        self.inner.notifier.clone()
+        self.inner.notifier()
     }
 }
 
@@ -149,6 +150,10 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
             notifier: ConfigChangeNotifier::default(),
             log: Mutex::new(RateLimited::new(LOG_BURST, LOG_INTERVAL)),
         })
+    }
+
+    pub(super) fn notifier(&self) -> ConfigChangeNotifier {
+        self.notifier.clone()
     }
 
     pub(super) fn serve(
@@ -198,7 +203,12 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
         }
         let mut report = |request: u32, error: &RequestError| {
             if let Some(suppressed) = log.allow(Instant::now()) {
-                warn!(request, suppressed, "a frontend's request failed: {}", chain(error));
+                warn!(
+                    request,
+                    suppressed,
+                    "a frontend's request failed: {}",
+                    chain(error)
+                );
             }
         };
         let end = Connection::new(

@@ -42,6 +42,7 @@ pub(super) trait Queue {
     fn stop(&self) -> Result<u16, WorkerError>;
     fn set_kick(&self, fd: Option<OwnedFd>);
     fn set_call(&self, fd: Option<OwnedFd>);
+    fn set_err(&self, fd: Option<OwnedFd>);
     fn set_enabled(&self, enabled: bool);
     fn set_memory(&self, memory: Arc<GuestMemory>);
 }
@@ -61,6 +62,10 @@ impl Queue for QueueThread {
 
     fn set_call(&self, fd: Option<OwnedFd>) {
         Self::set_call(self, fd);
+    }
+
+    fn set_err(&self, fd: Option<OwnedFd>) {
+        Self::set_err(self, fd);
     }
 
     fn set_enabled(&self, enabled: bool) {
@@ -215,6 +220,9 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
                 }
             }
         }
+        for thread in self.queues {
+            thread.set_err(None);
+        }
         // Also when no ring ever ran: the device may hold what GET_INFLIGHT_FD made it take.
         self.device.stop();
         self.new_inflight = None;
@@ -261,11 +269,8 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
                 self.protocol.memory_changed(self.memory.regions());
             }
             Action::RemoveRegion(region) => {
-                self.memory.remove(
-                    region.guest_phys_addr,
-                    region.size,
-                    region.userspace_addr,
-                )?;
+                self.memory
+                    .remove(region.guest_phys_addr, region.size, region.userspace_addr)?;
                 self.protocol.memory_changed(self.memory.regions());
             }
             Action::UpdateMemory(queue) => {
@@ -299,6 +304,11 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
             Action::SetCall(queue) => {
                 if let (Some(thread), Some(ring)) = (self.queue(queue), self.protocol.ring(queue)) {
                     thread.set_call(duplicate(ring.call.as_ref())?);
+                }
+            }
+            Action::SetErr(queue, fd) => {
+                if let Some(thread) = self.queue(queue) {
+                    thread.set_err(fd);
                 }
             }
             Action::CreateInflight {
@@ -358,7 +368,10 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
             kick: duplicate(ring.kick.as_ref().and_then(Option::as_ref))?,
             call: duplicate(ring.call.as_ref())?,
             memory: Arc::clone(self.memory.memory()),
-            inflight: self.inflight.as_ref().and_then(|region| region.queue(queue)),
+            inflight: self
+                .inflight
+                .as_ref()
+                .and_then(|region| region.queue(queue)),
             enabled: ring.enabled,
         })?;
         Ok(())
@@ -474,3 +487,6 @@ fn duplicate(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, RequestError> {
         .transpose()
         .map_err(RequestError::Duplicate)
 }
+
+#[cfg(test)]
+mod tests;

@@ -59,7 +59,9 @@ pub struct Header {
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum HeaderError {
     /// Not protocol version 1.
-    #[error("message flags {0:#x}: vhost-user version 1 is the only one; is this a vhost-user frontend?")]
+    #[error(
+        "message flags {0:#x}: vhost-user version 1 is the only one; is this a vhost-user frontend?"
+    )]
     Version(u32),
     /// Bits that the specification does not define are set.
     #[error("message flags {0:#x} have reserved bits set")]
@@ -122,7 +124,8 @@ pub(crate) fn encode_request(request: u32, body: &[u8]) -> Vec<u8> {
 }
 
 fn encode(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(body.len()).expect("bodies that we send are at most a few hundred bytes");
+    let len =
+        u32::try_from(body.len()).expect("bodies that we send are at most a few hundred bytes");
     let mut message = Vec::with_capacity(HEADER_LEN + body.len());
     for field in [request, flags, len] {
         message.extend_from_slice(&field.to_ne_bytes());

@@ -87,6 +87,8 @@ pub enum Action<F = OwnedFd> {
     SetKick(u16),
     /// A running ring has a new call descriptor, or none any more.
     SetCall(u16),
+    /// A ring, running or not, has a new error descriptor, or none any more.
+    SetErr(u16, Option<F>),
     /// Make an in-flight region, to be part of the reply. No ring runs.
     CreateInflight {
         /// Queues, not 0 and not more than there are.
@@ -231,7 +233,10 @@ impl<F> Protocol<F> {
     /// # Errors
     /// See [`Refusal`]; nothing has changed then and there are no actions.
     pub fn handle(&mut self, request: Request<F>) -> Result<Reply, Refusal> {
-        debug_assert!(self.actions.is_empty(), "actions of the last request are left");
+        debug_assert!(
+            self.actions.is_empty(),
+            "actions of the last request are left"
+        );
         match request {
             Request::GetFeatures => {
                 return Ok(Reply::U64(self.offer.features | F_PROTOCOL_FEATURES));
@@ -311,7 +316,10 @@ impl<F> Protocol<F> {
                     self.act(Action::SetCall(queue));
                 }
             }
-            Request::SetVringErr { queue, fd } => self.ring_mut(queue)?.err = fd,
+            Request::SetVringErr { queue, fd } => {
+                self.ring_mut(queue)?;
+                self.act(Action::SetErr(queue, fd));
+            }
             Request::SetVringEnable { queue, enabled } => {
                 let ring = self.ring_mut(queue)?;
                 ring.enabled = enabled;
@@ -363,7 +371,9 @@ impl<F> Protocol<F> {
         for queue in 0..self.offer.queue_count {
             match self.ring(queue).and_then(|ring| ring.running) {
                 None => self.start_if_ready(queue),
-                Some(old) if self.place(queue) == Some(old) => self.act(Action::UpdateMemory(queue)),
+                Some(old) if self.place(queue) == Some(old) => {
+                    self.act(Action::UpdateMemory(queue))
+                }
                 // ring_stopped() starts it again if it has a place.
                 Some(_) => self.act(Action::StopRing(queue)),
             }

@@ -45,8 +45,6 @@ pub struct RingState<F> {
     pub kick: Option<Option<F>>,
     /// SET_VRING_CALL. It outlives a stop: a ring that starts again without a new one uses it.
     pub call: Option<F>,
-    /// SET_VRING_ERR. Held for the frontend; nothing is signalled yet.
-    pub err: Option<F>,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
     /// Where the ring runs, while it runs.
@@ -61,7 +59,6 @@ impl<F> Default for RingState<F> {
             base: 0,
             kick: None,
             call: None,
-            err: None,
             enabled: false,
             running: None,
         }

@@ -40,7 +40,9 @@ pub(super) enum SocketError {
     Stopped,
     #[error(transparent)]
     Header(#[from] HeaderError),
-    #[error("a message came with more than {MAX_MESSAGE_FDS} file descriptors, or we are out of them")]
+    #[error(
+        "a message came with more than {MAX_MESSAGE_FDS} file descriptors, or we are out of them"
+    )]
     TooManyFds,
     #[error("the vhost-user socket failed")]
     Io(#[source] io::Error),

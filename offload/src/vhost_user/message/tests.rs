@@ -140,7 +140,10 @@ fn requests_without_body_take_neither_body_nor_descriptors() {
 
 #[test]
 fn feature_words_have_exactly_eight_bytes() {
-    for request in [FrontendReq::SET_FEATURES, FrontendReq::SET_PROTOCOL_FEATURES] {
+    for request in [
+        FrontendReq::SET_FEATURES,
+        FrontendReq::SET_PROTOCOL_FEATURES,
+    ] {
         assert!(parse(request, Bytes::new().u64(u64::MAX), 0).is_ok());
         assert!(is_length(parse(request, Bytes::new().u32(0), 0)));
         assert!(is_length(parse(request, Bytes::new().u64(0).u32(0), 0)));
@@ -182,7 +185,13 @@ fn queue_indices_and_bases_that_do_not_fit_16_bits_are_refused() {
 
 #[test]
 fn enable_is_yes_or_no() {
-    let enable = |num| parse(FrontendReq::SET_VRING_ENABLE, Bytes::new().u32(0).u32(num), 0);
+    let enable = |num| {
+        parse(
+            FrontendReq::SET_VRING_ENABLE,
+            Bytes::new().u32(0).u32(num),
+            0,
+        )
+    };
     assert!(enable(0).is_ok() && enable(1).is_ok());
     assert!(is_field(enable(2)));
 }
@@ -222,7 +231,10 @@ fn bit_8_of_a_ring_descriptor_message_stands_for_no_descriptor() {
             fd: Some(())
         })
     );
-    assert_eq!(kick(0x105, 0), Ok(Request::SetVringKick { queue: 5, fd: None }));
+    assert_eq!(
+        kick(0x105, 0),
+        Ok(Request::SetVringKick { queue: 5, fd: None })
+    );
     assert!(is_fds(kick(5, 0)));
     assert!(is_fds(kick(5, 2)));
     assert!(is_fds(kick(0x105, 1)));
@@ -305,13 +317,21 @@ fn inflight_descriptions_come_with_and_without_the_padding_of_c() {
             })
         );
     }
-    assert!(is_length(parse(FrontendReq::GET_INFLIGHT_FD, body().u16(0), 0)));
+    assert!(is_length(parse(
+        FrontendReq::GET_INFLIGHT_FD,
+        body().u16(0),
+        0
+    )));
     assert!(is_fds(parse(FrontendReq::GET_INFLIGHT_FD, body(), 1)));
     assert!(parse(FrontendReq::SET_INFLIGHT_FD, body(), 1).is_ok());
     assert!(is_fds(parse(FrontendReq::SET_INFLIGHT_FD, body(), 0)));
     let with = |size, offset, queues, queue_size| {
         let body = Bytes::new().u64(size).u64(offset);
-        parse(FrontendReq::SET_INFLIGHT_FD, body.u16(queues).u16(queue_size), 1)
+        parse(
+            FrontendReq::SET_INFLIGHT_FD,
+            body.u16(queues).u16(queue_size),
+            1,
+        )
     };
     assert!(is_field(with(0, 0, 2, 128)));
     assert!(is_field(with(2, u64::MAX, 2, 128)));

@@ -125,7 +125,10 @@ fn features_that_were_not_offered_are_refused_and_change_nothing() {
 fn the_device_never_sees_the_protocol_features_bit() {
     let mut protocol = new();
     assert_eq!(
-        ok(&mut protocol, Request::SetFeatures(0b11 | F_PROTOCOL_FEATURES)),
+        ok(
+            &mut protocol,
+            Request::SetFeatures(0b11 | F_PROTOCOL_FEATURES)
+        ),
         [Action::SetFeatures(0b11)]
     );
 }
