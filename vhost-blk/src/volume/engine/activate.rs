@@ -131,6 +131,10 @@ impl Core {
         }
         self.find_page_slots();
         self.draw_session()?;
+        #[cfg(test)]
+        if let Some((id, _)) = &self.session {
+            crate::volume::sim::note_activation(*id);
+        }
         self.superblock.adopted = adopted;
         self.checkpoint_now(backing, false, sequence)?;
         self.phase = Phase::Serving;

@@ -51,14 +51,7 @@ impl Shared {
     /// Reserves consecutive sequence numbers. This is the only place where they come from, so
     /// none is used twice.
     pub(super) fn take_sequences(&self, count: u64) -> u64 {
-        let first = self.sequence.fetch_add(count, Ordering::Relaxed);
-        #[cfg(test)]
-        crate::volume::sim::note_sequences(
-            self.session.get().map(|s| Arc::clone(&s.1)),
-            first,
-            count,
-        );
-        first
+        self.sequence.fetch_add(count, Ordering::Relaxed)
     }
 
     pub(super) fn sequence_now(&self) -> u64 {

@@ -1,0 +1,62 @@
+//! The crash tests proper.
+
+use super::world::World;
+use crate::volume::mutant::{self, Mutant};
+
+/// Seeded lives; `OFFLOAD_SIM_SEEDS` runs more of them.
+fn seeds(default: u64) -> u64 {
+    std::env::var("OFFLOAD_SIM_SEEDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
+}
+
+fn first_violation(from: u64, count: u64, mutant: Option<Mutant>) -> Option<(u64, String)> {
+    mutant::set(mutant);
+    let found = (from..from + count).find_map(|seed| {
+        let life = std::panic::catch_unwind(|| World::new(seed).run());
+        let outcome = life.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+            Err(format!("panic: {text}"))
+        });
+        outcome.err().map(|violation| (seed, violation))
+    });
+    mutant::set(None);
+    found
+}
+
+#[test]
+fn no_crash_loses_an_acknowledged_write_or_leaves_a_block_that_does_not_authenticate() {
+    let violation = first_violation(0, seeds(1500), None);
+    assert!(
+        violation.is_none(),
+        "seed {}: {}",
+        violation.as_ref().unwrap().0,
+        violation.as_ref().unwrap().1
+    );
+}
+
+macro_rules! caught {
+    ($($name:ident: $mutant:ident,)*) => {$(
+        #[test]
+        fn $name() {
+            let found = first_violation(0, 4000, Some(Mutant::$mutant));
+            assert!(found.is_some(), "the tests do not notice {:?}", Mutant::$mutant);
+        }
+    )*};
+}
+
+caught! {
+    a_barrier_before_the_log_has_landed_is_noticed: SyncBeforeLog,
+    a_missing_barrier_is_noticed: NoBarrier,
+    freeing_slots_before_the_commit_is_noticed: EarlyFree,
+    not_verifying_the_last_commit_is_noticed: SkipVerify,
+    acknowledging_before_the_data_landed_is_noticed: EarlyAck,
+    ignoring_the_delta_ring_is_noticed: IgnoreRing,
+    replaying_committed_ring_records_is_noticed: ReplayAllRing,
+    a_superblock_without_a_barrier_for_its_pages_is_noticed: NoPageBarrier,
+    freeing_pages_before_the_superblock_is_durable_is_noticed: EarlyPageFree,
+    recovery_that_trusts_the_page_cache_is_noticed: NoRecoverySync,
+    going_on_with_a_dead_process_session_is_noticed: SameSession,
+    a_single_superblock_copy_is_noticed: OneSuperblock,
+}

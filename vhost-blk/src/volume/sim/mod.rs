@@ -1,0 +1,30 @@
+//! Crash tests on a simulated backing.
+//!
+//! The engine, recovery and activation run unchanged on a [`disk::SimDisk`] whose writes land
+//! late, in any order, in part, or not at all. A seed decides the schedule: requests, the order in
+//! which I/O completes, where the process is killed or the power is cut, also in the middle of
+//! recovery. [`model::Model`] knows what a guest may see afterwards.
+//!
+//! Every [`Mutant`](super::mutant::Mutant) breaks one step of the protocol and must be caught.
+
+mod disk;
+mod model;
+mod world;
+
+mod crash_tests;
+
+use std::cell::RefCell;
+
+thread_local! {
+    static ACTIVATIONS: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
+}
+
+/// An activation begins to seal with session `id`, from sequence 1.
+pub(crate) fn note_activation(id: u16) {
+    ACTIVATIONS.with_borrow_mut(|ids| ids.push(id));
+}
+
+/// The sessions of this thread's activations so far.
+fn take_activations() -> Vec<u16> {
+    ACTIVATIONS.take()
+}

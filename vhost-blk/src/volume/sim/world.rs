@@ -1,0 +1,534 @@
+//! One seeded life of a volume: requests, completions, crashes, recoveries.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+use crypto::keys::Secret32;
+use crypto::slot::Argon2Params;
+use crypto::source::KeyMaterial;
+
+use super::disk::SimDisk;
+use super::model::{Crash, Model};
+use crate::volume::backing::Backing;
+use crate::volume::create::create;
+use crate::volume::engine::{Done, Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume};
+use crate::volume::geometry::{BLOCK_LEN, Geometry};
+use crate::volume::recover::recover;
+use crate::volume::ring::{self, RingMemory};
+
+/// A small generator: what it gives depends on the seed alone (xorshift64*).
+pub(super) struct Dice(u64);
+
+impl Dice {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut dice = Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        for _ in 0..4 {
+            dice.next();
+        }
+        dice
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11
+    }
+
+    pub(super) fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    pub(super) fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+}
+
+pub(super) fn material() -> KeyMaterial {
+    KeyMaterial::File(Secret32::take(&mut [0x42; 32]))
+}
+
+/// A ring in memory that survives the process.
+pub(super) struct SimRing(Mutex<Vec<u8>>);
+
+impl SimRing {
+    fn new() -> Arc<Self> {
+        // Small, so that it fills and wraps.
+        Arc::new(Self(Mutex::new(vec![0; 24 * 1024])))
+    }
+}
+
+impl RingMemory for SimRing {
+    fn len(&self) -> usize {
+        self.0.lock().expect("ring").len()
+    }
+    fn read(&self, at: usize, into: &mut [u8]) {
+        let bytes = self.0.lock().expect("ring");
+        for (index, byte) in into.iter_mut().enumerate() {
+            *byte = bytes.get(at + index).copied().unwrap_or(0);
+        }
+    }
+    fn write(&self, at: usize, from: &[u8]) {
+        let mut bytes = self.0.lock().expect("ring");
+        for (index, byte) in from.iter().enumerate() {
+            if let Some(place) = bytes.get_mut(at + index) {
+                *place = *byte;
+            }
+        }
+    }
+    fn store(&self, at: usize, word: u64) {
+        self.write(at, &word.to_le_bytes());
+    }
+}
+
+pub(super) struct Quiet;
+
+impl Reporter for Quiet {
+    fn not_authentic(&self, _: u64) {}
+    fn backing_failed(&self, _: &'static str, _: i32) {}
+    fn poisoned(&self, _: &'static str) {}
+}
+
+/// What a request was, and its memory.
+#[derive(Clone)]
+struct Request {
+    memory: Rc<RefCell<Vec<u8>>>,
+    kind: Kind,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Write {
+        first: usize,
+        count: usize,
+        version: u64,
+        is_durable: bool,
+    },
+    Flush {
+        covered: Vec<u64>,
+    },
+    Read {
+        first: usize,
+        floors: Vec<u64>,
+    },
+}
+
+impl Payload for Request {
+    fn load(&mut self, at: usize, into: &mut [u8]) -> Result<(), PayloadFault> {
+        into.copy_from_slice(&self.memory.borrow()[at..at + into.len()]);
+        Ok(())
+    }
+    fn store(&mut self, at: usize, from: &[u8]) -> Result<(), PayloadFault> {
+        self.memory.borrow_mut()[at..at + from.len()].copy_from_slice(from);
+        Ok(())
+    }
+}
+
+struct UnderWay {
+    lane: usize,
+    io: Io,
+    parts: Vec<u64>,
+}
+
+/// Sectors that requests go to: eight blocks at the start and four over a leaf's border.
+const HOT: [u64; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 126, 127, 128, 129];
+const SECTORS: usize = HOT.len() * 8;
+
+fn stamp(value: u64) -> Vec<u8> {
+    value.to_le_bytes().repeat(64)
+}
+
+fn read_stamp(bytes: &[u8]) -> Option<u64> {
+    let value = u64::from_le_bytes(*bytes.first_chunk()?);
+    (bytes == stamp(value)).then_some(value)
+}
+
+/// A process and its guest.
+struct Card {
+    volume: Volume,
+    lanes: Vec<Lane<Request>>,
+    under_way: Vec<UnderWay>,
+}
+
+/// See the module.
+pub(super) struct World {
+    pub(super) disk: Arc<SimDisk>,
+    ring: Option<Arc<SimRing>>,
+    pub(super) dice: Dice,
+    pub(super) model: Model,
+}
+
+pub(super) fn small_geometry() -> Geometry {
+    // A log of one chunk, and few spare chunks: it wraps, checkpoints and fills holes.
+    Geometry {
+        blocks: 256,
+        chunks: 2 + 1 + 6,
+        log_chunks: 1,
+    }
+}
+
+impl World {
+    pub(super) fn new(seed: u64) -> Self {
+        let geometry = small_geometry();
+        let disk = Arc::new(SimDisk::new(geometry.backing_len()));
+        create(
+            &*disk,
+            geometry,
+            &material(),
+            Argon2Params::fast_for_tests(),
+        )
+        .expect("creates");
+        Self {
+            disk,
+            ring: None,
+            dice: Dice::new(seed),
+            model: Model::new(SECTORS),
+        }
+    }
+
+    /// Opens the volume and attaches the ring that the guest keeps. `Err`: the process died in the
+    /// middle.
+    fn start(&mut self) -> Result<Option<Card>, String> {
+        if self.dice.chance(15) {
+            let fuse = self.dice.below(24) as u32;
+            self.disk.set_fuse(Some(fuse));
+        }
+        let died = |world: &Self, what: String| {
+            world.disk.set_fuse(None);
+            if what.contains("the process died") {
+                Ok(None)
+            } else {
+                Err(what)
+            }
+        };
+        let recovered = match recover(&*self.disk, &material()) {
+            Ok(recovered) => recovered,
+            Err(error) => return died(self, error.to_string()),
+        };
+        if let Some((place, _)) = recovered.map.damaged().first() {
+            return died(self, format!("{place} does not authenticate"));
+        }
+        let backing: Arc<dyn Backing> = self.disk.clone();
+        let volume = Volume::new(recovered, backing, Box::new(Quiet));
+        let ring = self.ring.clone().unwrap_or_else(|| {
+            let ring = SimRing::new();
+            ring::format_fresh(&*ring, &volume.id()).expect("large enough");
+            ring
+        });
+        self.ring = Some(Arc::clone(&ring));
+        if let Err(error) = volume.attach(Some(ring)) {
+            return died(self, error.to_string());
+        }
+        self.disk.set_fuse(None);
+        let lanes = (0..2)
+            .map(|_| Lane::new(Arc::clone(volume.shared()), Arc::new(|| {})))
+            .collect();
+        Ok(Some(Card {
+            volume,
+            lanes,
+            under_way: Vec::new(),
+        }))
+    }
+
+    fn submit(&mut self, card: &mut Card) {
+        let lane = self.dice.below(card.lanes.len());
+        let dice = self.dice.below(100);
+        if dice < 12 {
+            let kind = Kind::Flush {
+                covered: self.model.begin_flush(),
+            };
+            card.lanes[lane].submit(
+                Op::Flush,
+                Request {
+                    memory: Rc::default(),
+                    kind,
+                },
+            );
+            return;
+        }
+        // Within one stretch of consecutive hot blocks.
+        let (base, blocks) = if self.dice.chance(60) { (0, 8) } else { (8, 4) };
+        let (first, count) = if self.dice.chance(70) {
+            let block = self.dice.below(blocks);
+            (
+                block * 8,
+                (1 + self.dice.below((blocks - block).min(3))) * 8,
+            )
+        } else {
+            let sector = self.dice.below(blocks * 8);
+            (sector, 1 + self.dice.below((blocks * 8 - sector).min(20)))
+        };
+        let offset = HOT[base] * BLOCK_LEN as u64 + first as u64 * 512;
+        let (first, len) = (base * 8 + first, count as u64 * 512);
+        if dice < 25 {
+            let floors = (first..first + count)
+                .map(|index| self.model.acked(index))
+                .collect();
+            let memory = Rc::new(RefCell::new(vec![0xee; count * 512]));
+            let kind = Kind::Read { first, floors };
+            return card.lanes[lane].submit(Op::Read { offset, len }, Request { memory, kind });
+        }
+        if !self.model.is_free(first, count) {
+            return;
+        }
+        let zeroes = dice < 33;
+        let is_durable = zeroes || dice < 38;
+        let version = self.model.begin(first, count, zeroes);
+        let memory = if zeroes {
+            Vec::new()
+        } else {
+            stamp(version).repeat(count)
+        };
+        let op = match (
+            zeroes,
+            first % 8 == 0 && count % 8 == 0 && self.dice.chance(50),
+        ) {
+            (true, true) => Op::Discard { offset, len },
+            (true, false) => Op::WriteZeroes { offset, len },
+            (false, _) => Op::Write {
+                offset,
+                len,
+                durable: is_durable,
+            },
+        };
+        let kind = Kind::Write {
+            first,
+            count,
+            version,
+            is_durable,
+        };
+        card.lanes[lane].submit(
+            op,
+            Request {
+                memory: Rc::new(RefCell::new(memory)),
+                kind,
+            },
+        );
+    }
+
+    /// Lets every lane do what it can.
+    fn turn(&mut self, card: &mut Card) -> Result<(), String> {
+        for lane in 0..card.lanes.len() {
+            card.lanes[lane].on_wake();
+            card.lanes[lane].turn();
+            while let Some(io) = card.lanes[lane].next_io() {
+                let parts = match &io.kind {
+                    IoKind::Write {
+                        offset,
+                        skip,
+                        buffer,
+                    } => self.disk.submit(*offset, &buffer[*skip..]),
+                    IoKind::Punch { offset, len } => {
+                        self.disk.submit(*offset, &vec![0; *len as usize])
+                    }
+                    IoKind::Sync => self.disk.begin_sync(),
+                    IoKind::Read { .. } | IoKind::Allocate { .. } => Vec::new(),
+                };
+                card.under_way.push(UnderWay { lane, io, parts });
+            }
+            while let Some(done) = card.lanes[lane].next_done() {
+                self.finish(done)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, Done { payload, result }: Done<Request>) -> Result<(), String> {
+        result.map_err(|failure| format!("a request failed: {failure}"))?;
+        match payload.kind {
+            Kind::Flush { covered } => self.model.ack_flush(&covered),
+            Kind::Write {
+                first,
+                count,
+                version,
+                is_durable,
+            } => {
+                self.model.ack(first, count, version, is_durable);
+            }
+            Kind::Read { first, floors } => {
+                for (index, sector) in payload.memory.borrow().chunks_exact(512).enumerate() {
+                    let value =
+                        read_stamp(sector).ok_or("a read returned a mixture in a sector")?;
+                    if !self.model.may_read(first + index, floors[index], value) {
+                        return Err(format!(
+                            "a read of sector {} returned {value}",
+                            first + index
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes a random operation of the backing.
+    fn land(&mut self, card: &mut Card) {
+        if card.under_way.is_empty() {
+            return;
+        }
+        let index = self.dice.below(card.under_way.len());
+        let UnderWay { lane, io, parts } = card.under_way.swap_remove(index);
+        let mut kind = io.kind;
+        let mut moved = 0;
+        match &mut kind {
+            IoKind::Read {
+                offset,
+                skip,
+                buffer,
+            } => {
+                let part = &mut buffer[*skip..];
+                moved = part.len();
+                self.disk.read_at(*offset, part).expect("no fuse is lit");
+            }
+            IoKind::Write { skip, buffer, .. } => {
+                moved = buffer.len() - *skip;
+                self.disk.complete(&parts);
+            }
+            IoKind::Punch { .. } => self.disk.complete(&parts),
+            IoKind::Sync => self.disk.end_sync(&parts),
+            IoKind::Allocate { .. } => {}
+        }
+        card.lanes[lane].on_io(io.id, moved as i32, kind.into_buffer());
+    }
+
+    fn drain(&mut self, card: &mut Card) -> Result<(), String> {
+        for _ in 0..100_000 {
+            self.turn(card)?;
+            if card.under_way.is_empty() && card.lanes.iter().all(Lane::is_idle) {
+                return Ok(());
+            }
+            self.land(card);
+        }
+        Err("requests hang".into())
+    }
+
+    /// Runs a card until something ends it.
+    fn live(&mut self, mut card: Card) -> Result<Crash, String> {
+        for _ in 0..self.dice.below(160) {
+            match self.dice.below(10) {
+                0..3 => self.submit(&mut card),
+                3..9 => self.land(&mut card),
+                _ => {}
+            }
+            if self.dice.chance(70) {
+                self.turn(&mut card)?;
+            }
+            if self.dice.chance(1) {
+                // The device is reset: the frontend lets its region go and asks for a new one.
+                self.drain(&mut card)?;
+                card.volume.settle().map_err(|error| error.to_string())?;
+                let ring = SimRing::new();
+                ring::format_fresh(&*ring, &card.volume.id()).expect("large enough");
+                self.ring = Some(Arc::clone(&ring));
+                card.volume
+                    .attach(Some(ring))
+                    .map_err(|error| error.to_string())?;
+            }
+        }
+        Ok(match self.dice.below(10) {
+            0..5 => {
+                self.disk.kill(&mut self.dice);
+                Crash::Kill
+            }
+            5..9 => {
+                self.disk.cut_power(&mut self.dice);
+                self.ring = None;
+                Crash::Power
+            }
+            _ => {
+                self.drain(&mut card)?;
+                card.volume.close().map_err(|error| error.to_string())?;
+                if self.dice.chance(50) {
+                    self.ring = None;
+                }
+                Crash::None
+            }
+        })
+    }
+
+    /// Reads all sectors through a card.
+    fn judge(&mut self, card: &mut Card, crash: Crash) -> Result<(), String> {
+        for (base, blocks) in [(0, 8), (8, 4)] {
+            let memory = Rc::new(RefCell::new(vec![0xee; blocks * BLOCK_LEN]));
+            let op = Op::Read {
+                offset: HOT[base] * BLOCK_LEN as u64,
+                len: (blocks * BLOCK_LEN) as u64,
+            };
+            let kind = Kind::Flush {
+                covered: Vec::new(),
+            };
+            card.lanes[0].submit(
+                op,
+                Request {
+                    memory: Rc::clone(&memory),
+                    kind,
+                },
+            );
+            self.drain(card)?;
+            for (index, sector) in memory.borrow().chunks_exact(512).enumerate() {
+                let value = read_stamp(sector).ok_or("a sector is a mixture")?;
+                self.model.judge(base * 8 + index, value, crash)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole life. `Err`: what was violated.
+    pub(super) fn run(&mut self) -> Result<(), String> {
+        super::take_activations();
+        let mut crash = Crash::None;
+        for _ in 0..2 + self.dice.below(4) {
+            let mut card = loop {
+                match self.start()? {
+                    Some(card) => break card,
+                    // It died while starting; the guest may or may not live on.
+                    None if self.dice.chance(50) || crash == Crash::Power => {
+                        self.disk.cut_power(&mut self.dice);
+                        self.ring = None;
+                        crash = Crash::Power;
+                    }
+                    None => {
+                        self.disk.kill(&mut self.dice);
+                        crash = if crash == Crash::None {
+                            Crash::None
+                        } else {
+                            Crash::Kill
+                        };
+                    }
+                }
+            };
+            self.judge(&mut card, crash)?;
+            self.audit()?;
+            crash = self.live(card)?;
+        }
+        let ids = super::take_activations();
+        let distinct: HashSet<u16> = ids.iter().copied().collect();
+        if distinct.len() != ids.len() {
+            return Err(format!("nonces repeat: sessions {ids:?}"));
+        }
+        Ok(())
+    }
+
+    /// The space tree says what the map says, and no two blocks share a slot.
+    fn audit(&self) -> Result<(), String> {
+        let recovered = recover(&*self.disk, &material()).map_err(|error| error.to_string())?;
+        let mut mapped: Vec<_> = recovered.blocks().map(|(_, entry)| entry.slot()).collect();
+        let mut used: Vec<_> = recovered.used_slots().collect();
+        mapped.sort_unstable();
+        used.sort_unstable();
+        if mapped != used {
+            return Err(format!(
+                "space tree and map differ: {} and {} slots",
+                used.len(),
+                mapped.len()
+            ));
+        }
+        mapped.dedup();
+        if mapped.len() != used.len() {
+            return Err("two blocks share a slot".into());
+        }
+        Ok(())
+    }
+}
