@@ -54,15 +54,39 @@ fn a_region_that_does_not_fit_is_refused() {
     let open = |size, offset, queues, queue_size, extra| {
         InflightRegion::from_fd(dup(&region), size, offset, queues, queue_size, extra).unwrap_err()
     };
-    assert!(matches!(open(size - 1, 0, 2, 8, 64), InflightError::TooSmall { .. }));
-    assert!(matches!(open(size, 4096, 2, 8, 64), InflightError::TooSmall { .. }));
-    assert!(matches!(open(size, u64::MAX, 2, 8, 64), InflightError::TooSmall { .. }));
-    assert!(matches!(open(size, 0, 2, 8, 8192), InflightError::TooSmall { .. }));
-    assert!(matches!(open(u64::MAX, 0, 2, 8, usize::MAX), InflightError::Dimensions { .. }));
-    assert!(matches!(open(size, 0, 2, 4, 64), InflightError::DescNum { .. }));
-    assert!(matches!(open(size, 0, 0, 8, 64), InflightError::Dimensions { .. }));
+    assert!(matches!(
+        open(size - 1, 0, 2, 8, 64),
+        InflightError::TooSmall { .. }
+    ));
+    assert!(matches!(
+        open(size, 4096, 2, 8, 64),
+        InflightError::TooSmall { .. }
+    ));
+    assert!(matches!(
+        open(size, u64::MAX, 2, 8, 64),
+        InflightError::TooSmall { .. }
+    ));
+    assert!(matches!(
+        open(size, 0, 2, 8, 8192),
+        InflightError::TooSmall { .. }
+    ));
+    assert!(matches!(
+        open(u64::MAX, 0, 2, 8, usize::MAX),
+        InflightError::Dimensions { .. }
+    ));
+    assert!(matches!(
+        open(size, 0, 2, 4, 64),
+        InflightError::DescNum { .. }
+    ));
+    assert!(matches!(
+        open(size, 0, 0, 8, 64),
+        InflightError::Dimensions { .. }
+    ));
     rustix::io::pwrite(region.fd(), &[9], 8).unwrap();
-    assert!(matches!(open(size, 0, 2, 8, 64), InflightError::Version { queue: 0, found: 9 }));
+    assert!(matches!(
+        open(size, 0, 2, 8, 64),
+        InflightError::Version { queue: 0, found: 9 }
+    ));
     let file = tempfile_with(b"short");
     let error = InflightRegion::from_fd(file, 8192, 0, 1, 8, 0).unwrap_err();
     assert!(matches!(error, InflightError::TooSmall { len: 5, .. }));
@@ -112,7 +136,13 @@ fn a_region_of_a_ring_that_was_reset_is_cleared() {
         Virtqueue::new(driver.layout(), 0, 0, memory, region.queue(0)).unwrap()
     };
     let (queue, recovery) = open();
-    assert_eq!(recovery, Recovery { resubmitted: 0, was_stale: true });
+    assert_eq!(
+        recovery,
+        Recovery {
+            resubmitted: 0,
+            was_stale: true
+        }
+    );
     assert_eq!(queue.next_avail(), 0);
     assert!(!open().1.was_stale);
 }
@@ -206,7 +236,11 @@ impl Life {
     fn collect(&mut self) {
         while let Some(used) = self.driver.poll_used() {
             let name = self.names.remove(&used.head).unwrap();
-            assert_eq!(u64::from(used.written), name - RAM_BASE, "came back as another chain");
+            assert_eq!(
+                u64::from(used.written),
+                name - RAM_BASE,
+                "came back as another chain"
+            );
             self.returned.push(name);
         }
     }
@@ -282,22 +316,30 @@ impl Life {
         };
         for (i, &(name, head)) in batch.iter().enumerate() {
             let last = states.header(header::LAST_BATCH_HEAD);
-            let next = states.window.atomic::<AtomicU16>(states.at(head, state::NEXT));
+            let next = states
+                .window
+                .atomic::<AtomicU16>(states.at(head, state::NEXT));
             step(&mut || next.store(last.load(Ordering::Relaxed), Ordering::Relaxed));
             if !step(&mut || last.store(head, Ordering::Relaxed)) {
                 return false;
             }
             let slot = 4 + 8 * usize::from(idx.wrapping_add(i as u16) & (SIZE - 1));
-            used.atomic::<AtomicU32>(slot).store(u32::from(head), Ordering::Relaxed);
+            used.atomic::<AtomicU32>(slot)
+                .store(u32::from(head), Ordering::Relaxed);
             let written = (name - RAM_BASE) as u32;
-            used.atomic::<AtomicU32>(slot + 4).store(written, Ordering::Relaxed);
+            used.atomic::<AtomicU32>(slot + 4)
+                .store(written, Ordering::Relaxed);
         }
         let new = idx.wrapping_add(batch.len() as u16);
         step(&mut || used.atomic::<AtomicU16>(2).store(new, Ordering::Relaxed));
         for &(_, head) in batch {
             step(&mut || states.flag(head).store(0, Ordering::Relaxed));
         }
-        step(&mut || states.header(header::USED_IDX).store(new, Ordering::Relaxed));
+        step(&mut || {
+            states
+                .header(header::USED_IDX)
+                .store(new, Ordering::Relaxed)
+        });
         self.driver.used_idx() == new
     }
 }
@@ -375,7 +417,10 @@ fn the_stores_of_the_property_test_are_those_of_the_code() {
         }
         let mut bytes = vec![0; 4096];
         rustix::io::pread(life.region.fd(), &mut bytes, 0).unwrap();
-        (bytes, life.driver.ram().read(life.driver.layout().used_ring, 70))
+        (
+            bytes,
+            life.driver.ram().read(life.driver.layout().used_ring, 70),
+        )
     };
     assert!(state(true) == state(false));
 }

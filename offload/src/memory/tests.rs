@@ -40,7 +40,10 @@ fn a_short_file_asks_for_share_on() {
     let mut behind = info(0, 0x1000);
     behind.mmap_offset = 0x1000;
     let error = MemoryMap::from_regions([(behind, memfd(0x1000))]).unwrap_err();
-    assert!(matches!(error, MemoryError::FileTooShort { needed: 0x2000, .. }));
+    assert!(matches!(
+        error,
+        MemoryError::FileTooShort { needed: 0x2000, .. }
+    ));
 }
 
 #[test]
@@ -62,7 +65,10 @@ fn unsound_regions_are_refused_and_the_map_stays_as_it_was() {
         (same_user, "Overlaps"),
     ] {
         let error = map.add(bad, memfd(0x2000)).unwrap_err();
-        assert!(format!("{error:?}").starts_with(what), "{error:?} for {bad:?}");
+        assert!(
+            format!("{error:?}").starts_with(what),
+            "{error:?} for {bad:?}"
+        );
     }
     assert_eq!(map.regions().len(), 1);
     map.add(info(0x3000, 0x1000), memfd(0x1000)).unwrap();
@@ -92,7 +98,9 @@ fn a_region_shows_what_the_file_holds_at_its_offset() {
     at.mmap_offset = 0x2000;
     let map = MemoryMap::from_regions([(at, fd)]).unwrap();
     let mut seen = [0u8; 5];
-    map.memory().read_slice(&mut seen, GuestAddress(0x8000)).unwrap();
+    map.memory()
+        .read_slice(&mut seen, GuestAddress(0x8000))
+        .unwrap();
     assert_eq!(&seen, b"hello");
 }
 
@@ -115,7 +123,8 @@ fn too_many_regions_are_refused() {
     let mut map = MemoryMap::new();
     let fd = memfd(0x1000);
     for i in 0..REGIONS_MAX as u64 {
-        map.add(info(i * 0x1000, 0x1000), fd.try_clone().unwrap()).unwrap();
+        map.add(info(i * 0x1000, 0x1000), fd.try_clone().unwrap())
+            .unwrap();
     }
     let one_more = info(0x1000_0000, 0x1000);
     assert!(matches!(map.add(one_more, fd), Err(MemoryError::TooMany)));

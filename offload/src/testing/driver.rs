@@ -368,7 +368,13 @@ impl DriverQueue {
         for (descriptor, &index) in descriptors.iter().zip(&indices) {
             let next = indices.get(usize::from(descriptor.next)).copied();
             let next = next.unwrap_or(descriptor.next);
-            self.set_descriptor(index, RawDescriptor { next, ..*descriptor });
+            self.set_descriptor(
+                index,
+                RawDescriptor {
+                    next,
+                    ..*descriptor
+                },
+            );
         }
         let head = indices[0];
         self.chains[usize::from(head)] = indices;

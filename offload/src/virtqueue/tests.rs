@@ -22,7 +22,9 @@ fn pair(size: u16, features: u64) -> (DriverQueue, Virtqueue) {
 
 fn device(driver: &DriverQueue, base: u16, features: u64) -> Virtqueue {
     let memory = Arc::clone(driver.ram().memory());
-    Virtqueue::new(driver.layout(), base, features, memory, None).unwrap().0
+    Virtqueue::new(driver.layout(), base, features, memory, None)
+        .unwrap()
+        .0
 }
 
 fn chain(queue: &mut Virtqueue) -> Chain {
@@ -44,7 +46,11 @@ fn fault(queue: &mut Virtqueue) -> ChainFault {
 
 fn segments(buffers: &[Buffer], writable: bool) -> Vec<Segment> {
     let of = buffers.iter().filter(|b| b.writable == writable);
-    of.map(|b| Segment { addr: b.addr, len: b.len }).collect()
+    of.map(|b| Segment {
+        addr: b.addr,
+        len: b.len,
+    })
+    .collect()
 }
 
 #[test]
@@ -79,11 +85,31 @@ fn a_chain_comes_out_as_it_was_put_in_direct_or_indirect() {
 fn direct_descriptors_may_come_before_an_indirect_one() {
     let (mut driver, mut queue) = pair(16, INDIRECT_DESC);
     let table = driver.ram().alloc(32, 16);
-    let mut entry = RawDescriptor { addr: 2, len: 3, flags: RawDescriptor::WRITE, next: 0 };
+    let mut entry = RawDescriptor {
+        addr: 2,
+        len: 3,
+        flags: RawDescriptor::WRITE,
+        next: 0,
+    };
     driver.ram().write(table, &entry.to_bytes());
-    entry = RawDescriptor { addr: 1, len: 2, flags: RawDescriptor::NEXT, next: 1 };
+    entry = RawDescriptor {
+        addr: 1,
+        len: 2,
+        flags: RawDescriptor::NEXT,
+        next: 1,
+    };
     let flags = RawDescriptor::INDIRECT | RawDescriptor::WRITE;
-    driver.add_bent(&[entry, RawDescriptor { addr: table, len: 16, flags, next: 0 }]).unwrap();
+    driver
+        .add_bent(&[
+            entry,
+            RawDescriptor {
+                addr: table,
+                len: 16,
+                flags,
+                next: 0,
+            },
+        ])
+        .unwrap();
     driver.publish();
     let chain = chain(&mut queue);
     assert_eq!(chain.readable.to_vec(), [Segment { addr: 1, len: 2 }]);
@@ -99,7 +125,12 @@ fn a_malformed_chain_comes_back_and_the_next_one_is_served() {
     const INDIRECT: u16 = RawDescriptor::INDIRECT;
     let (mut driver, mut queue) = pair(8, INDIRECT_DESC);
     let table = driver.ram().alloc(16 * 2048, 16);
-    let d = |addr, len, flags, next| RawDescriptor { addr, len, flags, next };
+    let d = |addr, len, flags, next| RawDescriptor {
+        addr,
+        len,
+        flags,
+        next,
+    };
     let good = Buffer::readable(RAM_BASE, 8);
     let mut expect = |driver: &mut DriverQueue, chain: &[RawDescriptor], expected| {
         let head = driver.add_bent(chain).unwrap();
@@ -110,17 +141,35 @@ fn a_malformed_chain_comes_back_and_the_next_one_is_served() {
         assert_eq!((used.head, used.written), (head, 0));
         driver.add(&[good]).unwrap();
         driver.publish();
-        let Some(Popped::Chain(chain)) = queue.pop() else { panic!("the queue stopped") };
+        let Some(Popped::Chain(chain)) = queue.pop() else {
+            panic!("the queue stopped")
+        };
         queue.add_used(chain.token, 0);
         let _ = queue.publish();
         driver.poll_used().unwrap();
     };
     expect(&mut driver, &[d(1, 1, NEXT, 0)], ChainFault::Loop);
-    expect(&mut driver, &[d(1, 1, NEXT, 1), d(2, 1, NEXT, 0)], ChainFault::Loop);
-    expect(&mut driver, &[d(1, 1, NEXT, 8)], ChainFault::NextOutOfRange { next: 8 });
-    expect(&mut driver, &[d(1, 1, NEXT, 0xffff)], ChainFault::NextOutOfRange { next: 0xffff });
+    expect(
+        &mut driver,
+        &[d(1, 1, NEXT, 1), d(2, 1, NEXT, 0)],
+        ChainFault::Loop,
+    );
+    expect(
+        &mut driver,
+        &[d(1, 1, NEXT, 8)],
+        ChainFault::NextOutOfRange { next: 8 },
+    );
+    expect(
+        &mut driver,
+        &[d(1, 1, NEXT, 0xffff)],
+        ChainFault::NextOutOfRange { next: 0xffff },
+    );
     expect(&mut driver, &[d(1, 0, 0, 0)], ChainFault::ZeroLength);
-    expect(&mut driver, &[d(u64::MAX, 2, 0, 0)], ChainFault::AddressWraps);
+    expect(
+        &mut driver,
+        &[d(u64::MAX, 2, 0, 0)],
+        ChainFault::AddressWraps,
+    );
     let backwards = [d(1, 1, NEXT | WRITE, 1), d(1, 1, 0, 0)];
     expect(&mut driver, &backwards, ChainFault::ReadableAfterWritable);
     let long = [d(0, u32::MAX, NEXT, 1), d(0, 1, 0, 0)];
@@ -128,23 +177,47 @@ fn a_malformed_chain_comes_back_and_the_next_one_is_served() {
     let long = [d(0, u32::MAX, NEXT | WRITE, 1), d(0, 1, WRITE, 0)];
     expect(&mut driver, &long, ChainFault::TooLong);
 
-    expect(&mut driver, &[d(table, 16, INDIRECT | NEXT, 1), d(1, 1, 0, 0)], ChainFault::IndirectWithNext);
+    expect(
+        &mut driver,
+        &[d(table, 16, INDIRECT | NEXT, 1), d(1, 1, 0, 0)],
+        ChainFault::IndirectWithNext,
+    );
     for len in [0, 8, 17, 16 * 1025, u32::MAX] {
-        expect(&mut driver, &[d(table, len, INDIRECT, 0)], ChainFault::TableLength { len });
+        expect(
+            &mut driver,
+            &[d(table, len, INDIRECT, 0)],
+            ChainFault::TableLength { len },
+        );
     }
     let outside = [d(RAM_BASE + RAM - 16, 32, INDIRECT, 0)];
     expect(&mut driver, &outside, ChainFault::TableAddress);
-    expect(&mut driver, &[d(u64::MAX - 8, 16, INDIRECT, 0)], ChainFault::TableAddress);
+    expect(
+        &mut driver,
+        &[d(u64::MAX - 8, 16, INDIRECT, 0)],
+        ChainFault::TableAddress,
+    );
     let nested = d(table, 16, INDIRECT, 0).to_bytes();
     driver.ram().write(table, &nested);
-    expect(&mut driver, &[d(table, 16, INDIRECT, 0)], ChainFault::NestedIndirect);
+    expect(
+        &mut driver,
+        &[d(table, 16, INDIRECT, 0)],
+        ChainFault::NestedIndirect,
+    );
     driver.ram().write(table, &d(1, 1, NEXT, 0).to_bytes());
     expect(&mut driver, &[d(table, 16, INDIRECT, 0)], ChainFault::Loop);
     driver.ram().write(table, &d(1, 1, NEXT, 1).to_bytes());
     // Index 1 exists in memory, but not in a table of 16 bytes.
-    expect(&mut driver, &[d(table, 16, INDIRECT, 0)], ChainFault::NextOutOfRange { next: 1 });
+    expect(
+        &mut driver,
+        &[d(table, 16, INDIRECT, 0)],
+        ChainFault::NextOutOfRange { next: 1 },
+    );
     driver.ram().write(table, &d(1, 1, NEXT, 7).to_bytes());
-    expect(&mut driver, &[d(table, 32, INDIRECT, 0)], ChainFault::NextOutOfRange { next: 7 });
+    expect(
+        &mut driver,
+        &[d(table, 32, INDIRECT, 0)],
+        ChainFault::NextOutOfRange { next: 7 },
+    );
 }
 
 #[test]
@@ -153,11 +226,25 @@ fn the_longest_table_is_taken_and_its_length_may_exceed_the_queue_size() {
     let table = driver.ram().alloc(16 * 1024, 16);
     for i in 0..1024u16 {
         let flags = if i < 1023 { RawDescriptor::NEXT } else { 0 };
-        let entry = RawDescriptor { addr: 1, len: 1, flags, next: i + 1 };
-        driver.ram().write(table + 16 * u64::from(i), &entry.to_bytes());
+        let entry = RawDescriptor {
+            addr: 1,
+            len: 1,
+            flags,
+            next: i + 1,
+        };
+        driver
+            .ram()
+            .write(table + 16 * u64::from(i), &entry.to_bytes());
     }
     let flags = RawDescriptor::INDIRECT;
-    driver.add_bent(&[RawDescriptor { addr: table, len: 16 * 1024, flags, next: 0 }]).unwrap();
+    driver
+        .add_bent(&[RawDescriptor {
+            addr: table,
+            len: 16 * 1024,
+            flags,
+            next: 0,
+        }])
+        .unwrap();
     driver.publish();
     assert_eq!(chain(&mut queue).readable.len(), 1024);
 }
@@ -165,17 +252,24 @@ fn the_longest_table_is_taken_and_its_length_may_exceed_the_queue_size() {
 #[test]
 fn indirect_descriptors_need_the_feature() {
     let (mut driver, mut queue) = pair(8, 0);
-    driver.add_indirect(&[Buffer::readable(RAM_BASE, 8)]).unwrap();
+    driver
+        .add_indirect(&[Buffer::readable(RAM_BASE, 8)])
+        .unwrap();
     driver.publish();
     assert_eq!(fault(&mut queue), ChainFault::IndirectNotNegotiated);
 }
 
 #[test]
 fn a_broken_ring_stops_popping_and_still_returns_what_is_out() {
-    let breakers: [(fn(&mut DriverQueue), RingFault); 3] = [
+    type Breaker = fn(&mut DriverQueue);
+    let breakers: [(Breaker, RingFault); 3] = [
         (
             |driver| driver.set_avail_idx(10),
-            RingFault::AvailableIndex { from: 1, to: 10, size: 8 },
+            RingFault::AvailableIndex {
+                from: 1,
+                to: 10,
+                size: 8,
+            },
         ),
         (
             |driver| {
@@ -231,18 +325,44 @@ fn rings_that_are_not_in_memory_or_not_aligned_are_refused() {
     let good = DriverQueue::new(&ram, 8, 0).layout();
     let start = |layout| {
         let memory = Arc::clone(ram.memory());
-        Virtqueue::new(layout, 0, 0, memory, None).map(|_| ()).unwrap_err()
+        Virtqueue::new(layout, 0, 0, memory, None)
+            .map(|_| ())
+            .unwrap_err()
     };
     for size in [0, 3, 0x8001] {
         assert_eq!(start(RingLayout { size, ..good }), RingError::Size { size });
     }
     let end = RAM_BASE + RAM;
     for (layout, expected) in [
-        (RingLayout { desc_table: end - 16, ..good }, "descriptor table"),
-        (RingLayout { avail_ring: 0, ..good }, "available ring"),
-        (RingLayout { used_ring: u64::MAX - 3, ..good }, "used ring"),
+        (
+            RingLayout {
+                desc_table: end - 16,
+                ..good
+            },
+            "descriptor table",
+        ),
+        (
+            RingLayout {
+                avail_ring: 0,
+                ..good
+            },
+            "available ring",
+        ),
+        (
+            RingLayout {
+                used_ring: u64::MAX - 3,
+                ..good
+            },
+            "used ring",
+        ),
         // One byte too few for the event field behind the ring.
-        (RingLayout { used_ring: end - 68, ..good }, "used ring"),
+        (
+            RingLayout {
+                used_ring: end - 68,
+                ..good
+            },
+            "used ring",
+        ),
     ] {
         match start(layout) {
             RingError::NotInMemory { part, .. } => assert_eq!(part, expected),
@@ -250,9 +370,27 @@ fn rings_that_are_not_in_memory_or_not_aligned_are_refused() {
         }
     }
     for (layout, expected) in [
-        (RingLayout { desc_table: good.desc_table + 8, ..good }, 16),
-        (RingLayout { avail_ring: good.avail_ring + 1, ..good }, 2),
-        (RingLayout { used_ring: good.used_ring + 2, ..good }, 4),
+        (
+            RingLayout {
+                desc_table: good.desc_table + 8,
+                ..good
+            },
+            16,
+        ),
+        (
+            RingLayout {
+                avail_ring: good.avail_ring + 1,
+                ..good
+            },
+            2,
+        ),
+        (
+            RingLayout {
+                used_ring: good.used_ring + 2,
+                ..good
+            },
+            4,
+        ),
     ] {
         match start(layout) {
             RingError::Alignment { align, .. } => assert_eq!(align, expected),
@@ -361,7 +499,12 @@ fn old_memory_lives_as_long_as_chains_that_came_with_it() {
     driver.publish();
     let (first, second) = (chain(&mut queue), chain(&mut queue));
     let mut other = crate::memory::MemoryMap::new();
-    other.add(driver.ram().region(), driver.ram().fd().try_clone_to_owned().unwrap()).unwrap();
+    other
+        .add(
+            driver.ram().region(),
+            driver.ram().fd().try_clone_to_owned().unwrap(),
+        )
+        .unwrap();
     let old = Arc::downgrade(driver.ram().memory());
     let held = old.strong_count();
     queue.set_memory(Arc::clone(other.memory()));
@@ -418,7 +561,11 @@ fn virtio_queue_sees_the_same_chains() {
                 writable: j * 2 > i % 5,
             })
             .collect();
-        let added = if i % 2 == 0 { driver.add(&buffers) } else { driver.add_indirect(&buffers) };
+        let added = if i % 2 == 0 {
+            driver.add(&buffers)
+        } else {
+            driver.add_indirect(&buffers)
+        };
         added.unwrap();
     }
     driver.publish();
@@ -431,7 +578,10 @@ fn virtio_queue_sees_the_same_chains() {
         for (expected, got) in [(readable, &chain.readable), (writable, &chain.writable)] {
             let expected: Vec<Segment> = expected
                 .iter()
-                .map(|d| Segment { addr: d.addr().0, len: d.len() })
+                .map(|d| Segment {
+                    addr: d.addr().0,
+                    len: d.len(),
+                })
                 .collect();
             assert_eq!(got.to_vec(), expected);
         }
@@ -447,7 +597,13 @@ fn an_inflight_region_for_a_smaller_queue_is_refused() {
     let region = InflightRegion::create(1, 8, 0).unwrap();
     let memory = Arc::clone(ram.memory());
     let error = Virtqueue::new(driver.layout(), 0, 0, memory, region.queue(0)).unwrap_err();
-    assert_eq!(error, RingError::InflightTooSmall { desc_num: 8, size: 16 });
+    assert_eq!(
+        error,
+        RingError::InflightTooSmall {
+            desc_num: 8,
+            size: 16
+        }
+    );
 }
 
 proptest! {

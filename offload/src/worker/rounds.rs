@@ -27,13 +27,16 @@ const CQE_BATCHES: usize = 8;
 /// How often a ring without kick eventfd is looked at.
 const NO_KICK_INTERVAL: Duration = Duration::from_millis(1);
 
+/// How often a poll on a kick eventfd may end before it is taken for something else.
+const KICK_ENDS_MAX: u8 = 8;
+
 /// Top bit of `user_data`: ours. The bit below is spare.
 const OWN: u64 = 1 << 63;
 const RESERVED: u64 = 3 << 62;
 const KIND: u64 = 0xff;
 const DOORBELL: u64 = 1;
 const KICK: u64 = 2;
-const REMOVAL: u64 = 3;
+const CANCEL: u64 = 3;
 
 /// What the handler reaches through [`QueueIo`].
 pub(super) struct Engine {
@@ -76,7 +79,9 @@ impl Engine {
     }
 
     pub(super) fn memory(&self) -> &Arc<GuestMemory> {
-        self.queue.as_ref().map_or(&self.memory, |queue| queue.memory())
+        self.queue
+            .as_ref()
+            .map_or(&self.memory, |queue| queue.memory())
     }
 }
 
@@ -124,6 +129,8 @@ struct Kick {
     /// Tells the poll on this eventfd from those on earlier ones.
     generation: u32,
     is_armed: bool,
+    /// How often the poll has ended by itself since it last went on.
+    ends_in_a_row: u8,
 }
 
 impl Kick {
@@ -148,7 +155,7 @@ pub(super) struct Rounds<H> {
     is_doorbell_armed: bool,
     has_logged_fault: bool,
     has_logged_malformed: bool,
-    /// Polls and removals in the kernel.
+    /// Polls and cancellations in the kernel.
     own_pending: usize,
 }
 
@@ -248,9 +255,18 @@ impl<H: QueueHandler> Rounds<H> {
             }
             KICK if cqe.user_data() == self.kick.user_data() => {
                 self.kick.is_armed &= !has_ended;
-                let readable = PollFlags::IN.bits();
-                if cqe.result() < 0 || cqe.result() as u32 & u32::from(readable) == 0 {
-                    // An error or a hang-up: no eventfd does this, so it is none.
+                // A multishot poll on an eventfd goes on, but for a full completion queue.
+                self.kick.ends_in_a_row = if has_ended {
+                    self.kick.ends_in_a_row + 1
+                } else {
+                    0
+                };
+                let readable = u32::from(PollFlags::IN.bits());
+                if cqe.result() < 0
+                    || cqe.result() as u32 & readable == 0
+                    || self.kick.ends_in_a_row > KICK_ENDS_MAX
+                {
+                    // An error, a hang-up, or always ready as a file is.
                     tracing::error!(
                         queue = self.index,
                         result = cqe.result(),
@@ -271,13 +287,19 @@ impl<H: QueueHandler> Rounds<H> {
 
     fn push_own(&mut self, entry: squeue::Entry, user_data: u64) {
         self.own_pending += 1;
-        // SAFETY: polls and their removals have no buffers; the kernel holds the files itself.
+        // SAFETY: polls and cancellations have no buffers; the kernel holds the files itself.
         unsafe { self.parts.engine.uring.push(entry.user_data(user_data)) }
     }
 
     fn arm(&mut self, fd: i32, user_data: u64) {
         let entry = opcode::PollAdd::new(types::Fd(fd), u32::from(PollFlags::IN.bits()));
         self.push_own(entry.multi(true).build(), user_data);
+    }
+
+    /// Ends a poll. Not POLL_REMOVE: that one fails, and the poll goes on, if it is just reporting.
+    fn cancel(&mut self, user_data: u64) {
+        let entry = opcode::AsyncCancel::new(user_data).build();
+        self.push_own(entry, OWN | CANCEL);
     }
 
     fn arm_doorbell(&mut self) {
@@ -295,13 +317,13 @@ impl<H: QueueHandler> Rounds<H> {
     /// Ends the poll on the kick eventfd; what it still reports is ignored.
     fn disarm_kick(&mut self) {
         if std::mem::take(&mut self.kick.is_armed) {
-            let removal = opcode::PollRemove::new(self.kick.user_data()).build();
-            self.push_own(removal, OWN | REMOVAL);
+            self.cancel(self.kick.user_data());
             // The descriptor number must not be reused before the kernel has looked at the
             // entries that name it.
             let _ = self.parts.engine.uring.submit();
         }
         self.kick.generation = self.kick.generation.wrapping_add(1);
+        self.kick.ends_in_a_row = 0;
     }
 
     fn take_commands(&mut self) {
@@ -381,11 +403,18 @@ impl<H: QueueHandler> Rounds<H> {
                 },
             )?;
         if recovery.was_stale {
-            tracing::warn!(queue = index, "the in-flight region is of another ring: cleared");
+            tracing::warn!(
+                queue = index,
+                "the in-flight region is of another ring: cleared"
+            );
         }
         if recovery.resubmitted > 0 {
             let chains = recovery.resubmitted;
-            tracing::info!(queue = index, chains, "taking up chains of an earlier process");
+            tracing::info!(
+                queue = index,
+                chains,
+                "taking up chains of an earlier process"
+            );
         }
         self.parts.engine.queue = Some(queue);
         self.parts.engine.memory = memory;
@@ -529,8 +558,7 @@ impl<H: QueueHandler> Rounds<H> {
             let Parts { engine, handler } = &mut *self.parts;
             handler.shutdown(&mut QueueIo { engine });
             if std::mem::take(&mut self.is_doorbell_armed) {
-                let removal = opcode::PollRemove::new(OWN | DOORBELL).build();
-                self.push_own(removal, OWN | REMOVAL);
+                self.cancel(OWN | DOORBELL);
             }
         }
         self.parts.engine.pending == 0 && self.own_pending == 0
@@ -540,8 +568,8 @@ impl<H: QueueHandler> Rounds<H> {
     fn rest(&mut self, has_more: bool) -> io::Result<()> {
         let is_popping = self.is_popping();
         let Parts { engine, handler } = &mut *self.parts;
-        let has_more = has_more
-            || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
+        let has_more =
+            has_more || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
         if has_more {
             return engine.uring.submit();
         }

@@ -21,7 +21,9 @@ pub(super) struct Uring {
 /// taken is the cure.
 fn is_passing(error: &io::Error) -> bool {
     let passing = [Errno::INTR, Errno::AGAIN, Errno::BUSY, Errno::TIME];
-    passing.iter().any(|e| error.raw_os_error() == Some(e.raw_os_error()))
+    passing
+        .iter()
+        .any(|e| error.raw_os_error() == Some(e.raw_os_error()))
 }
 
 fn ignore_passing(result: io::Result<usize>) -> io::Result<()> {
