@@ -73,6 +73,11 @@ pub trait Device: Send + Sync + 'static {
     /// The device cannot serve this frontend; the connection is closed and the reason logged.
     fn start(&self, extra: Option<Arc<SharedRegion>>) -> Result<(), DeviceError>;
 
+    /// GET_VRING_BASE has stopped the last ring that ran; called before its reply. Frontends free
+    /// the in-flight region once a device is reset (QEMU does), so what only that region holds
+    /// has to be safe elsewhere when this returns.
+    fn rings_stopped(&self) {}
+
     /// All rings are stopped and the frontend has left or was dropped.
     fn stop(&self);
 

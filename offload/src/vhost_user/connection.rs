@@ -164,6 +164,9 @@ pub(super) struct Connection<'a, D, Q> {
     inflight: Option<InflightRegion>,
     /// Made for GET_INFLIGHT_FD and not sent yet.
     new_inflight: Option<InflightRegion>,
+    /// A backend channel that nothing may be sent on. Kept open: QEMU reports an error when we
+    /// close it.
+    unused_channel: Option<OwnedFd>,
     /// Does Device::start have to be called before the next ring starts?
     needs_device_start: bool,
 }
@@ -187,6 +190,7 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
             memory: MemoryMap::new(),
             inflight: None,
             new_inflight: None,
+            unused_channel: None,
             needs_device_start: true,
         }
     }
@@ -225,7 +229,6 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
         }
         // Also when no ring ever ran: the device may hold what GET_INFLIGHT_FD made it take.
         self.device.stop();
-        self.new_inflight = None;
         end
     }
 
@@ -289,6 +292,10 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
                 if let Some(thread) = self.queue(queue) {
                     let base = thread.stop()?;
                     self.protocol.ring_stopped(queue, base);
+                    // A ring whose memory moved is to start again and still counts as running.
+                    if self.protocol.running().next().is_none() {
+                        self.device.rings_stopped();
+                    }
                 }
             }
             Action::SetEnabled(queue) => {
@@ -336,6 +343,8 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
             Action::SetBackendChannel(fd) => {
                 if self.protocol.has_config() {
                     self.notifier.connect(fd);
+                } else {
+                    self.unused_channel = Some(fd);
                 }
             }
             Action::WriteConfig { offset, data } => self
