@@ -24,6 +24,7 @@ const OFFER: Offer = Offer {
     features: 1 << 32 | 0xff,
     queue_count: 3,
     queue_size_max: 1024,
+    has_config: true,
 };
 
 /// SplitMix64.

@@ -197,6 +197,7 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
             features: (device.features() | HOUSE_FEATURES) & !F_PROTOCOL_FEATURES,
             queue_count: device.queue_count(),
             queue_size_max: device.queue_size_max(),
+            has_config: !device.config().is_empty(),
         });
         if let Some(suppressed) = log.allow(Instant::now()) {
             info!(suppressed, "a frontend has connected");

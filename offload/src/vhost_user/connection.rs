@@ -206,7 +206,7 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
         self.finish(end)
     }
 
-    fn finish(mut self, end: End) -> End {
+    fn finish(self, end: End) -> End {
         let mut end = end;
         self.notifier.disconnect();
         for queue in self.protocol.running().collect::<Vec<_>>() {

@@ -45,7 +45,8 @@ use crate::memory::{REGIONS_MAX, RegionInfo};
 /// drivers and devices do not see it.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// The protocol features that [`Protocol`] understands, all of them always offered.
+/// The protocol features that [`Protocol`] understands. All are offered, but CONFIG only by a
+/// device that has a configuration space: QEMU's vhost-user-net warns of it.
 pub const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
     .union(ProtocolFeatures::CONFIG)
@@ -62,6 +63,18 @@ pub struct Offer {
     pub queue_count: u16,
     /// Largest ring size, a power of two.
     pub queue_size_max: u16,
+    /// Has the device a configuration space to read?
+    pub has_config: bool,
+}
+
+impl Offer {
+    fn protocol_features(&self) -> ProtocolFeatures {
+        if self.has_config {
+            PROTOCOL_FEATURES
+        } else {
+            PROTOCOL_FEATURES.difference(ProtocolFeatures::CONFIG)
+        }
+    }
 }
 
 /// Something for the connection to do.
@@ -241,7 +254,9 @@ impl<F> Protocol<F> {
             Request::GetFeatures => {
                 return Ok(Reply::U64(self.offer.features | F_PROTOCOL_FEATURES));
             }
-            Request::GetProtocolFeatures => return Ok(Reply::U64(PROTOCOL_FEATURES.bits())),
+            Request::GetProtocolFeatures => {
+                return Ok(Reply::U64(self.offer.protocol_features().bits()));
+            }
             Request::GetQueueNum => return Ok(Reply::U64(self.offer.queue_count.into())),
             Request::GetMaxMemSlots => {
                 self.needs(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
@@ -250,11 +265,10 @@ impl<F> Protocol<F> {
             Request::SetOwner | Request::ResetOwner => {}
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => {
+                let offered = self.offer.protocol_features();
                 self.protocol = ProtocolFeatures::from_bits(features)
-                    .filter(|features| PROTOCOL_FEATURES.contains(*features))
-                    .ok_or(Refusal::ProtocolFeatures(
-                        features & !PROTOCOL_FEATURES.bits(),
-                    ))?;
+                    .filter(|features| offered.contains(*features))
+                    .ok_or(Refusal::ProtocolFeatures(features & !offered.bits()))?;
             }
             Request::SetMemTable(regions) => self.act(Action::ReplaceMemory(regions)),
             Request::AddMemReg(region, fd) => {

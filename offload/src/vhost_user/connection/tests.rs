@@ -735,6 +735,26 @@ fn a_change_of_the_configuration_reaches_the_frontend_that_gave_a_channel() {
 }
 
 #[test]
+fn a_channel_for_which_there_is_no_use_stays_open_until_the_frontend_leaves() {
+    let mut house = House::new();
+    let raw = house.raw();
+    // Without CONFIG there is nothing to tell: QEMU's vhost-user-net.
+    let protocol = words(&[PROTOCOL_FEATURES.bits() & !(1 << 9)]);
+    assert!(raw.is_accepted(R::SET_PROTOCOL_FEATURES, &protocol, &[]));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    assert!(raw.is_accepted(R::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]));
+    drop(theirs);
+    assert_eq!(house.inner.notifier().notify(), Notified::NobodyListens);
+    ours.set_nonblocking(true).unwrap();
+    let mut byte = [0];
+    let silent = std::io::Read::read(&mut &ours, &mut byte).unwrap_err();
+    assert_eq!(silent.kind(), io::ErrorKind::WouldBlock);
+    drop(raw);
+    house.result().unwrap();
+    assert_eq!(std::io::Read::read(&mut &ours, &mut byte).unwrap(), 0);
+}
+
+#[test]
 fn guest_memory_without_enough_file_is_refused() {
     let mut house = House::new();
     let raw = house.negotiated();

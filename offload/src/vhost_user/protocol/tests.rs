@@ -5,6 +5,7 @@ const OFFER: Offer = Offer {
     features: 0b1011 | 1 << 32,
     queue_count: 2,
     queue_size_max: 256,
+    has_config: true,
 };
 
 const RING: UserRing = UserRing {
@@ -101,6 +102,24 @@ fn what_is_offered_is_what_is_handled() {
         Ok(Reply::U64(1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 15))
     );
     assert_eq!(protocol.handle(Request::GetQueueNum), Ok(Reply::U64(2)));
+}
+
+#[test]
+fn a_device_without_configuration_space_does_not_offer_config() {
+    let mut protocol: Protocol<Fd> = Protocol::new(Offer {
+        has_config: false,
+        ..OFFER
+    });
+    let offered = PROTOCOL_FEATURES.bits() & !(1 << 9);
+    assert_eq!(
+        protocol.handle(Request::GetProtocolFeatures),
+        Ok(Reply::U64(offered))
+    );
+    assert_eq!(
+        protocol.handle(Request::SetProtocolFeatures(PROTOCOL_FEATURES.bits())),
+        Err(Refusal::ProtocolFeatures(1 << 9))
+    );
+    ok(&mut protocol, Request::SetProtocolFeatures(offered));
 }
 
 #[test]
