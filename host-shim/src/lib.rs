@@ -12,6 +12,8 @@
 //! | [`guest`] | a small guest for demonstration and tests | yes; its formats no |
 
 pub mod accel;
+pub mod guest;
+pub mod host;
 pub mod plan;
 pub mod qemu;
 pub mod qmp;
