@@ -20,10 +20,8 @@ pub enum Mutant {
     ReplayAllRing,
     /// The superblock is written without waiting for the pages' barrier.
     NoPageBarrier,
-    /// Replaced pages are freed before the superblock is durable.
+    /// Pages of the current tree are overwritten before the next superblock is durable.
     EarlyPageFree,
-    /// Recovery trusts the page cache: no barrier before it reads.
-    NoRecoverySync,
     /// The session of the last activation goes on after a crash, from sequence 1.
     SameSession,
     /// Only one superblock copy is ever written.

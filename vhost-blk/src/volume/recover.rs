@@ -1,13 +1,15 @@
 //! Opening a volume: from what is on disk to a map in memory. Nothing is written here.
 //!
-//! 1. A barrier: what is read from now on is what a power cut will leave.
-//! 2. The valid superblock copy with the higher generation.
-//! 3. All pages below its roots. A page that does not authenticate costs the blocks below it.
-//! 4. The log records whose chain holds, batch by batch; a batch without its last record is
+//! 1. The valid superblock copy with the higher generation.
+//! 2. All pages below its roots. A page that does not authenticate costs the blocks below it.
+//! 3. The log records whose chain holds, batch by batch; a batch without its last record is
 //!    dropped.
-//! 5. The data of the last batch: if one slot does not authenticate, the whole batch is dropped.
+//! 4. The data of the last batch: if one slot does not authenticate, the whole batch is dropped.
 //!    It was then never acknowledged: its one barrier, which covers log and data alike, cannot
 //!    have completed. This is what makes one barrier for a commit enough.
+//!
+//! What is read may still be in a volatile cache. That needs no barrier here: nothing is acted on
+//! before the activation's checkpoint, whose first barrier covers everything that was read.
 //!
 //! Batches before the last one are not verified: the next commit only began after their barrier.
 
@@ -141,19 +143,23 @@ fn volume_key(
     Err(error)
 }
 
-fn read_copies(backing: &dyn Backing) -> io::Result<[Vec<u8>; 2]> {
+/// Both superblock copies, and why one of them could not be read: that is what the other is for.
+fn read_copies(backing: &dyn Backing) -> io::Result<([Vec<u8>; 2], Option<io::Error>)> {
     let mut copies = [Vec::new(), Vec::new()];
+    let mut failed = None;
     for (copy, offset) in copies.iter_mut().zip(COPIES) {
         let mut buffer = Buffer::zeroed(COPY_LEN / BLOCK_LEN);
         match backing.read_at(offset, &mut buffer) {
             Ok(()) => *copy = buffer.to_vec(),
-            // One unreadable copy is what the other is for.
             Err(error) => {
                 tracing::warn!(offset, %error, "a superblock copy cannot be read");
+                if let Some(error) = failed.replace(error) {
+                    return Err(error);
+                }
             }
         }
     }
-    Ok(copies)
+    Ok((copies, failed))
 }
 
 /// Opens a volume.
@@ -164,11 +170,11 @@ pub fn recover(backing: &dyn Backing, material: &KeyMaterial) -> Result<Recovere
     if backing.len() < COPIES[1] + COPY_LEN as u64 {
         return Err(RecoverError::TooShort(backing.len()));
     }
-    if !mutant::is(Mutant::NoRecoverySync) {
-        backing.sync()?;
-    }
-    let images = read_copies(backing)?;
-    let (dek, _) = volume_key(&images, material)?;
+    let (images, unreadable) = read_copies(backing)?;
+    let dek = match volume_key(&images, material) {
+        Ok((dek, _)) => dek,
+        Err(error) => return Err(unreadable.map_or(error, RecoverError::Io)),
+    };
     let opened = images.each_ref().map(|image| Superblock::open(image, &dek));
     let copies = opened.each_ref().map(|copy| match copy {
         Ok(superblock) => Ok(superblock.generation),
@@ -186,7 +192,9 @@ pub fn recover(backing: &dyn Backing, material: &KeyMaterial) -> Result<Recovere
             }
         }
         [Ok(one), Err(_)] | [Err(_), Ok(one)] => one,
-        [Err(a), Err(b)] => return Err(RecoverError::BothDamaged(a, b)),
+        [Err(a), Err(b)] => {
+            return Err(unreadable.map_or(RecoverError::BothDamaged(a, b), RecoverError::Io));
+        }
     };
     let need = superblock.geometry.backing_len();
     if backing.len() < need {

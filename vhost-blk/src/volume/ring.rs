@@ -42,8 +42,8 @@ use super::superblock::VolumeId;
 /// Bytes that the ring asks for in the in-flight region: 16 MiB holds 65,536 single deltas with
 /// room to spare. Pages that were never touched take no memory.
 pub const RING_LEN: usize = 16 << 20;
-/// Deltas of a record at most.
-pub const RECORD_MAX: usize = 256;
+/// Deltas of a record at most: the blocks of one write.
+pub const RECORD_MAX: usize = super::buffer::Pool::MAX_BLOCKS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"OFFLRING");
 const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"ODLT");

@@ -132,8 +132,10 @@ impl Core {
         self.find_page_slots();
         self.draw_session()?;
         #[cfg(test)]
-        if let Some((id, _)) = &self.session {
-            crate::volume::sim::note_activation(*id);
+        for row in &self.superblock.table {
+            if self.session.as_ref().is_some_and(|(id, _)| *id == row.id) {
+                crate::volume::sim::note_activation(&row.wrapped);
+            }
         }
         self.superblock.adopted = adopted;
         self.checkpoint_now(backing, false, sequence)?;

@@ -75,6 +75,13 @@ impl Core {
         let uncommitted = self.open.keys().chain(self.sealed.keys());
         self.touched.extend(uncommitted.map(|block| block / FANOUT));
         self.touched_before = self.landing;
+        if mutant::is(Mutant::EarlyPageFree) {
+            let pages = self
+                .map
+                .page_entries()
+                .chain(self.space_tree.page_entries());
+            pages.for_each(|entry| self.space.give_page_slot(entry.slot()));
+        }
         let mut writes = PageWrites::default();
         let mut replaced: Vec<Entry> = Vec::new();
         let mut placed = 0i64;

@@ -55,8 +55,7 @@ caught! {
     ignoring_the_delta_ring_is_noticed: IgnoreRing,
     replaying_committed_ring_records_is_noticed: ReplayAllRing,
     a_superblock_without_a_barrier_for_its_pages_is_noticed: NoPageBarrier,
-    freeing_pages_before_the_superblock_is_durable_is_noticed: EarlyPageFree,
-    recovery_that_trusts_the_page_cache_is_noticed: NoRecoverySync,
+    overwriting_pages_before_the_superblock_is_durable_is_noticed: EarlyPageFree,
     going_on_with_a_dead_process_session_is_noticed: SameSession,
     a_single_superblock_copy_is_noticed: OneSuperblock,
 }

@@ -16,15 +16,16 @@ mod crash_tests;
 use std::cell::RefCell;
 
 thread_local! {
-    static ACTIVATIONS: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
+    static ACTIVATIONS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// An activation begins to seal with session `id`, from sequence 1.
-pub(crate) fn note_activation(id: u16) {
-    ACTIVATIONS.with_borrow_mut(|ids| ids.push(id));
+/// An activation begins to seal with a session key, from sequence 1. What it is wrapped as tells
+/// keys apart.
+pub(crate) fn note_activation(key: &crypto::keys::Wrapped) {
+    ACTIVATIONS.with_borrow_mut(|keys| keys.push(key.as_bytes().to_vec()));
 }
 
-/// The sessions of this thread's activations so far.
-fn take_activations() -> Vec<u16> {
+/// The keys of this thread's activations so far.
+fn take_activations() -> Vec<Vec<u8>> {
     ACTIVATIONS.take()
 }

@@ -56,7 +56,7 @@ pub(super) struct SimRing(Mutex<Vec<u8>>);
 impl SimRing {
     fn new() -> Arc<Self> {
         // Small, so that it fills and wraps.
-        Arc::new(Self(Mutex::new(vec![0; 24 * 1024])))
+        Arc::new(Self(Mutex::new(vec![0; 8 * 1024])))
     }
 }
 
@@ -406,7 +406,8 @@ impl World {
 
     /// Runs a card until something ends it.
     fn live(&mut self, mut card: Card) -> Result<Crash, String> {
-        for _ in 0..self.dice.below(160) {
+        let steps = if self.dice.chance(8) { 1500 } else { 160 };
+        for _ in 0..self.dice.below(steps) {
             match self.dice.below(10) {
                 0..3 => self.submit(&mut card),
                 3..9 => self.land(&mut card),
@@ -503,10 +504,10 @@ impl World {
             self.audit()?;
             crash = self.live(card)?;
         }
-        let ids = super::take_activations();
-        let distinct: HashSet<u16> = ids.iter().copied().collect();
-        if distinct.len() != ids.len() {
-            return Err(format!("nonces repeat: sessions {ids:?}"));
+        let keys = super::take_activations();
+        let distinct: HashSet<&Vec<u8>> = keys.iter().collect();
+        if distinct.len() != keys.len() {
+            return Err("nonces repeat: a session was activated twice".into());
         }
         Ok(())
     }
