@@ -9,4 +9,7 @@
 //!
 //! `volume` knows nothing of virtio, `device` nothing of how a volume is stored.
 
+pub mod args;
+pub mod commands;
+pub mod device;
 pub mod volume;

@@ -1,0 +1,290 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use crypto::source::KeySource;
+use offload::cli::{SocketArgs, parse_size};
+use offload::sandbox::{Seccomp, User};
+use offload::telemetry::LogArgs;
+
+use crate::volume::superblock::SERIAL_LEN;
+
+/// Largest queue size: what QEMU has.
+const QUEUE_SIZE_MAX: u16 = 1024;
+/// Most queues.
+const QUEUES_MAX: u16 = 64;
+
+/// Encrypted, authenticated volumes for virtual machines, served over vhost-user.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-blk", version, max_term_width = 100)]
+pub struct Cli {
+    /// How much to say.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a new, empty volume in a file or on a block device
+    Create(CreateArgs),
+    /// Serve a volume to a virtual machine
+    Serve(Box<ServeArgs>),
+    /// Say what a volume is; without a key, what can be read without one
+    Info(InfoArgs),
+    /// Authenticate everything that a volume holds. Exit status: 0 clean, 1 damaged, 2 not checked
+    Check(CheckArgs),
+    /// Make a volume from a disk image: raw, or what qemu-img reads
+    Import(ImportArgs),
+    /// Write a volume's contents, decrypted, to a raw disk image or device
+    Export(ExportArgs),
+}
+
+/// What unlocks a volume.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct KeyArgs {
+    /// A file of 32 raw bytes or 64 hex digits that nobody else can read
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// A file whose first line is the passphrase, that nobody else can read
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+impl KeyArgs {
+    /// Where the key is.
+    pub fn source(&self) -> Option<KeySource> {
+        let passphrase = self.passphrase_file.clone().map(KeySource::Passphrase);
+        self.key_file.clone().map(KeySource::File).or(passphrase)
+    }
+}
+
+/// What unlocks a volume, if it is to be unlocked.
+#[derive(Clone, Debug, Args)]
+#[group(required = false, multiple = false)]
+pub struct OptionalKeyArgs {
+    /// A file of 32 raw bytes or 64 hex digits that nobody else can read
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// A file whose first line is the passphrase, that nobody else can read
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+impl OptionalKeyArgs {
+    /// Where the key is, if one was named.
+    pub fn source(&self) -> Option<KeySource> {
+        KeyArgs {
+            key_file: self.key_file.clone(),
+            passphrase_file: self.passphrase_file.clone(),
+        }
+        .source()
+    }
+}
+
+/// `create`.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Size that the guest sees, like 10G; on a block device the largest that fits, if left out
+    #[arg(long, value_parser = size)]
+    pub size: Option<u64>,
+    /// The key.
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// Overwrite what is there
+    #[arg(long)]
+    pub force: bool,
+    /// File or block device
+    #[arg(value_name = "VOLUME")]
+    pub volume: PathBuf,
+}
+
+/// `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where frontends come from.
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    /// File or block device that holds the volume
+    #[arg(long, value_name = "VOLUME", visible_alias = "blk-file")]
+    pub volume: PathBuf,
+    /// The key.
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// Take no writes from the guest, and write nothing
+    #[arg(long)]
+    pub read_only: bool,
+    /// Virtqueues, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    pub queues: u16,
+    /// Largest size of a virtqueue that is accepted, a power of two up to 1024
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
+    pub queue_size: u16,
+    /// Serial number that the guest sees, up to 20 ASCII characters; the volume's own if left out
+    #[arg(long, value_parser = serial)]
+    pub serial: Option<[u8; SERIAL_LEN]>,
+    /// Answer questions about the running card on this socket (JSON lines)
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+    /// Become this user (UID or UID:GID, numbers) once volume, key and sockets are open
+    #[arg(long, value_name = "USER", value_parser = user)]
+    pub user: Option<User>,
+    /// What happens at a system call that the card is not known to need
+    #[arg(long, value_enum, value_name = "MODE", default_value = "enforce")]
+    pub seccomp: Seccomp,
+}
+
+/// `info`.
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// The key.
+    #[command(flatten)]
+    pub key: OptionalKeyArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// File or block device
+    #[arg(value_name = "VOLUME")]
+    pub volume: PathBuf,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The key.
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// File or block device
+    #[arg(value_name = "VOLUME")]
+    pub volume: PathBuf,
+}
+
+/// `import`.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The new volume's key.
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// Format of the image; found out by qemu-img if left out
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<String>,
+    /// Overwrite what is there
+    #[arg(long)]
+    pub force: bool,
+    /// Disk image
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+    /// File or block device for the new volume
+    #[arg(value_name = "VOLUME")]
+    pub volume: PathBuf,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The key.
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// Overwrite what is there
+    #[arg(long)]
+    pub force: bool,
+    /// File or block device that holds the volume
+    #[arg(value_name = "VOLUME")]
+    pub volume: PathBuf,
+    /// Raw image or block device to write to
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| error.to_string())
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && size <= QUEUE_SIZE_MAX => Ok(size),
+        _ => Err(format!(
+            "a queue size is a power of two from 1 to {QUEUE_SIZE_MAX}"
+        )),
+    }
+}
+
+fn serial(text: &str) -> Result<[u8; SERIAL_LEN], String> {
+    let mut serial = [0; SERIAL_LEN];
+    let is_printable = text.bytes().all(|byte| (0x20..0x7f).contains(&byte));
+    match serial.get_mut(..text.len()) {
+        Some(place) if is_printable && !text.is_empty() => {
+            place.copy_from_slice(text.as_bytes());
+            Ok(serial)
+        }
+        _ => Err(format!(
+            "a serial number has 1 to {SERIAL_LEN} printable ASCII characters"
+        )),
+    }
+}
+
+fn user(text: &str) -> Result<User, String> {
+    let wrong = || "a user is UID or UID:GID in numbers, like 1000:1000".to_owned();
+    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
+    let (uid, gid) = text.split_once(':').unwrap_or((text, text));
+    Ok(User {
+        uid: number(uid)?,
+        gid: number(gid)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &str) -> Result<Cli, String> {
+        Cli::try_parse_from(std::iter::once("vhost-blk").chain(args.split_whitespace()))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_key_is_needed_and_only_one() {
+        assert!(
+            parse("create --size 1G v")
+                .unwrap_err()
+                .contains("--key-file")
+        );
+        assert!(parse("create --size 1G --key-file k v").is_ok());
+        assert!(parse("create --size 1G --key-file k --passphrase-file p v").is_err());
+        assert!(parse("info v").is_ok());
+        assert!(parse("check v").is_err());
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused_with_the_range() {
+        let serve = |rest: &str| parse(&format!("serve --fd 3 --volume v --key-file k {rest}"));
+        assert!(serve("--queues 4 --queue-size 128 --serial vol0123 --user 12:34").is_ok());
+        for (wrong, hint) in [
+            ("--queues 0", "1..=64"),
+            ("--queue-size 100", "power of two"),
+            ("--queue-size 2048", "1024"),
+            ("--serial 012345678901234567890", "20"),
+            ("--serial \u{e9}", "ASCII"),
+            ("--user root", "numbers"),
+        ] {
+            let error = serve(wrong).unwrap_err();
+            assert!(error.contains(hint), "{wrong}: {error}");
+        }
+        assert!(parse("create --size 10GB --key-file k v").is_err());
+    }
+}

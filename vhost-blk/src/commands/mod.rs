@@ -1,0 +1,50 @@
+//! The subcommands: each opens what it needs, calls the library, and says what came of it.
+//!
+//! Errors come back as one chain and are printed once, here, in one line that says what to do
+//! next.
+
+mod create;
+mod open;
+mod serve;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use crate::args::Command;
+
+/// Runs a subcommand. The process's exit status.
+pub fn run(command: Command) -> ExitCode {
+    // A check that could not be made must not look like one that found damage.
+    let mut failure = 1;
+    let result = match command {
+        Command::Create(args) => create::run(&args).map(|()| 0),
+        Command::Serve(args) => serve::run(&args).map(|()| 0),
+        _ => {
+            failure = 2;
+            Err(anyhow::anyhow!("later"))
+        }
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("vhost-blk: {}", chain(error.as_ref()));
+            ExitCode::from(failure)
+        }
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        // Errors that show their source repeat it.
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        source = error.source();
+    }
+    text
+}

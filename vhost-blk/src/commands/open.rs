@@ -1,0 +1,49 @@
+//! Opening a volume with its key, as every subcommand does it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use crypto::source::{KeyMaterial, KeySource};
+
+use crate::volume::backing::{Access, FileBacking};
+use crate::volume::recover::{Recovered, recover};
+use crate::volume::superblock::{SERIAL_LEN, VolumeId};
+
+/// Reads the key.
+///
+/// # Errors
+/// No source, or one that is refused.
+pub fn key(source: Option<KeySource>) -> anyhow::Result<KeyMaterial> {
+    // clap asks for one; this is for callers that are not clap.
+    let source = source.context("give --key-file or --passphrase-file")?;
+    Ok(source.load()?)
+}
+
+/// Opens and recovers a volume. The key is read first: waiting for a lock, or a long recovery,
+/// only to find that the key is missing would be a nuisance.
+///
+/// # Errors
+/// The key, the backing or what it holds is not as it should be.
+pub fn volume(
+    path: &Path,
+    source: Option<KeySource>,
+    access: Access,
+) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
+    let material = key(source)?;
+    let backing = FileBacking::open(path, access)?;
+    let recovered = recover(&backing, &material)
+        .with_context(|| format!("cannot open the volume {}", path.display()))?;
+    Ok((Arc::new(backing), recovered))
+}
+
+/// A volume's id as people see it.
+pub fn id_text(id: &VolumeId) -> String {
+    uuid::Uuid::from_bytes(*id).to_string()
+}
+
+/// A serial number without its padding.
+pub fn serial_text(serial: &[u8; SERIAL_LEN]) -> String {
+    let text = serial.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
+}

@@ -1,0 +1,177 @@
+//! `serve`: the card.
+//!
+//! In this order, because each step needs what a later one takes away, and because a card that
+//! cannot serve should say so before a frontend waits for it:
+//!
+//! 1. key, volume, recovery; key material wiped
+//! 2. sockets
+//! 3. sandbox: user, capabilities, Landlock, seccomp
+//! 4. threads: queues, control socket; frontends
+//! 5. at SIGTERM: rings stop, the volume is closed clean
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use offload::cli::{Listener, format_size};
+use offload::control::ControlServer;
+use offload::sandbox::Sandbox;
+use offload::stop::StopSignal;
+use offload::telemetry::Registry;
+use offload::vhost_user::Backend;
+use serde_json::json;
+
+use super::open::{id_text, serial_text, volume};
+use crate::args::ServeArgs;
+use crate::device::report::LogReporter;
+use crate::device::{BlockDevice, Settings};
+use crate::volume::backing::{Access, Backing as _};
+use crate::volume::engine::{Phase, Volume};
+use crate::volume::recover::Recovered;
+
+const NAME: &str = "vhost-blk";
+
+pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    // First of all: what is at the number of --fd belongs to us before anything else is opened.
+    let inherited = match args.socket.fd {
+        Some(_) => Some(args.socket.open()?),
+        None => None,
+    };
+    let access = if args.read_only {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    let (backing, recovered) = volume(&args.volume, args.key.source(), access)?;
+    tell(&recovered);
+    let superblock = &recovered.superblock;
+    let settings = Settings {
+        is_read_only: args.read_only,
+        queues: args.queues,
+        queue_size: args.queue_size,
+        serial: args.serial.unwrap_or(superblock.serial),
+    };
+    let (id, size) = (
+        id_text(&superblock.id),
+        format_size(superblock.geometry.volume_len()),
+    );
+    let serial = serial_text(&settings.serial);
+    let reporter = Box::new(LogReporter::new(serial_text(&superblock.serial)));
+    let as_backing = Arc::clone(&backing) as Arc<dyn crate::volume::backing::Backing>;
+    let volume = Volume::new(recovered, as_backing, reporter);
+    let device = Arc::new(BlockDevice::new(volume, backing, settings));
+
+    let registry = Registry::new("vhost_blk");
+    device.register(&registry);
+    let listener = match inherited {
+        Some(listener) => listener,
+        None => args.socket.open()?,
+    };
+    let control = args
+        .control_socket
+        .as_deref()
+        .map(|path| control(path, &registry, &device))
+        .transpose()?;
+    let stop = StopSignal::from_signals().context("cannot wait for signals")?;
+
+    let report = sandbox(args).context("cannot set up the sandbox")?;
+    tracing::info!("sandboxed: {report}");
+
+    let control = control
+        .map(|server| server.spawn(stop.clone()))
+        .transpose()?;
+    let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
+    tracing::info!(
+        "serving volume {serial} ({id}), {size}{}",
+        if args.read_only { ", read-only" } else { "" }
+    );
+    let served = serve(&backend, listener, &stop);
+    // Ends the queues' threads, so that nothing is under way any more.
+    drop(backend);
+    drop(control);
+    device
+        .volume()
+        .close()
+        .context("the volume could not be closed; it will be recovered when it is next opened")?;
+    served?;
+    tracing::info!("volume {serial} is closed");
+    Ok(())
+}
+
+/// Says what opening found out of the ordinary.
+fn tell(recovered: &Recovered) {
+    for (copy, health) in ["first", "second"].iter().zip(&recovered.copies) {
+        if let Err(error) = health {
+            tracing::warn!("the {copy} copy of the volume's header is not usable: {error}");
+        }
+    }
+    if !recovered.superblock.clean {
+        tracing::info!(
+            batches = recovered.replayed,
+            dropped = recovered.dropped,
+            "the volume was not closed: replayed its log"
+        );
+    }
+    let pages = recovered.map.damaged().len() + recovered.space.damaged().len();
+    if pages > 0 {
+        tracing::error!(
+            pages,
+            "pages of the volume's map do not authenticate: what is below them reads as errors; \
+             run `vhost-blk check`"
+        );
+    }
+}
+
+fn control(
+    path: &Path,
+    registry: &Registry,
+    device: &Arc<BlockDevice>,
+) -> anyhow::Result<ControlServer> {
+    let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
+    let device = Arc::clone(device);
+    Ok(server.method("volume", move |_| {
+        let volume = device.volume();
+        let phase = match volume.phase() {
+            Phase::Opened => "opened",
+            Phase::Serving => "serving",
+            Phase::Closed => "closed",
+        };
+        Ok(json!({
+            "id": id_text(&volume.id()),
+            "serial": serial_text(&volume.serial()),
+            "size_bytes": volume.shared().volume_len(),
+            "phase": phase,
+        }))
+    }))
+}
+
+fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {
+    let mut builder = Sandbox::builder().seccomp(args.seccomp);
+    if let Some(user) = args.user {
+        builder = builder.user(user);
+    }
+    // The sockets' own files are removed in the end.
+    for path in [&args.socket.socket_path, &args.control_socket] {
+        let folder = path.as_deref().and_then(Path::parent);
+        builder = match folder {
+            Some(folder) if folder.as_os_str().is_empty() => builder.remove_in("."),
+            Some(folder) => builder.remove_in(folder),
+            None => builder,
+        };
+    }
+    builder.apply()
+}
+
+fn serve(
+    backend: &Backend<BlockDevice>,
+    mut listener: Listener,
+    stop: &StopSignal,
+) -> anyhow::Result<()> {
+    while let Some(stream) = listener
+        .accept(stop)
+        .context("cannot accept frontends on the vhost-user socket")?
+    {
+        backend.serve_connected(stream, stop)?;
+    }
+    Ok(())
+}

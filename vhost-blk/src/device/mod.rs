@@ -1,0 +1,301 @@
+//! The volume as a virtio-blk device (virtio 1.3, 5.2).
+//!
+//! | module | knows | does I/O |
+//! |---|---|---|
+//! | [`request`] | what a chain asks for | no |
+//! | [`config`] | features, configuration space, cache modes | no |
+//! | [`payload`] | a request's buffers in guest memory | no |
+//! | [`ring`] | the in-flight region as delta ring | no |
+//! | [`driver`] | the engine's operations as io_uring entries | by its owner |
+//! | [`queue`] | a queue's requests from chain to status | through its thread's io_uring |
+//! | [`report`] | the engine's reports as log lines | |
+//!
+//! # When what becomes durable
+//! A write is acknowledged once its data are in the backing's hands and its delta is in the
+//! in-flight region, which survives a kill of the card but not the end of the guest. Whatever
+//! frees that region must find its contents safe elsewhere first: [`BlockDevice`] settles the
+//! volume when the last ring stops (the frontend may be about to reset the device and free the
+//! region), when a new region is asked for, and when the frontend leaves.
+
+pub mod config;
+pub mod driver;
+pub mod payload;
+pub mod queue;
+pub mod report;
+pub mod request;
+pub mod ring;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use offload::device::{Device, DeviceError};
+use offload::inflight::SharedRegion;
+use offload::telemetry::{QueueStats, Registry};
+use offload::worker::Waker;
+use thiserror::Error;
+
+use self::config::{CacheMode, Config};
+use self::driver::Driver;
+use self::queue::{BlockQueue, Latencies};
+use self::request::Terms;
+use self::ring::RegionMemory;
+use crate::volume::backing::FileBacking;
+use crate::volume::engine::{Lane, Phase, Stats, Volume};
+use crate::volume::ring::{self as delta_ring, RING_LEN, RingMemory};
+use crate::volume::superblock::SERIAL_LEN;
+
+/// What the driver may not do.
+#[derive(Debug, Error)]
+enum DriverError {
+    #[error(
+        "the driver wrote {len} bytes at {offset} of the configuration, where only the cache mode \
+         (one byte at 32, 0 or 1, with CONFIG_WCE) can be written"
+    )]
+    Config { offset: u32, len: usize },
+}
+
+/// How a volume is shown to the guest.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Takes no writes.
+    pub is_read_only: bool,
+    /// Queues.
+    pub queues: u16,
+    /// Largest queue size, a power of two.
+    pub queue_size: u16,
+    /// What GET_ID answers, zero-padded.
+    pub serial: [u8; SERIAL_LEN],
+}
+
+/// What all queues share.
+pub(crate) struct State {
+    volume: Volume,
+    backing: Arc<FileBacking>,
+    settings: Settings,
+    acked: AtomicU64,
+    is_writeback: AtomicBool,
+    has_warned: AtomicBool,
+}
+
+/// What a queue looks up for each request.
+struct QueueTerms {
+    request: Terms,
+    is_writeback: bool,
+}
+
+impl State {
+    fn terms(&self) -> QueueTerms {
+        // Relaxed: features change before a ring starts, which synchronises by itself; when a new
+        // cache mode takes effect between two requests is nobody's promise.
+        QueueTerms {
+            request: Terms {
+                features: self.acked.load(Ordering::Relaxed),
+                volume_len: self.volume.shared().volume_len(),
+                is_read_only: self.settings.is_read_only,
+            },
+            is_writeback: self.is_writeback.load(Ordering::Relaxed),
+        }
+    }
+
+    fn serial(&self) -> &[u8; SERIAL_LEN] {
+        &self.settings.serial
+    }
+}
+
+/// A volume behind vhost-user.
+pub struct BlockDevice {
+    state: Arc<State>,
+    stats: Vec<Arc<QueueStats>>,
+    latencies: Vec<Arc<Latencies>>,
+}
+
+impl BlockDevice {
+    /// Shows `volume`, which lies in `backing`.
+    pub fn new(volume: Volume, backing: Arc<FileBacking>, settings: Settings) -> Self {
+        let each = 0..settings.queues;
+        Self {
+            stats: each.clone().map(|_| Arc::default()).collect(),
+            latencies: each.map(|_| Arc::default()).collect(),
+            state: Arc::new(State {
+                volume,
+                backing,
+                settings,
+                acked: AtomicU64::new(0),
+                is_writeback: AtomicBool::new(true),
+                has_warned: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// The counters of each queue.
+    pub fn queue_stats(&self) -> &[Arc<QueueStats>] {
+        &self.stats
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> &Volume {
+        &self.state.volume
+    }
+
+    /// Shows counters and latencies.
+    pub fn register(&self, registry: &Registry) {
+        for (index, (stats, latencies)) in (0_u16..).zip(self.stats.iter().zip(&self.latencies)) {
+            registry.queue(index, stats);
+            for (name, help, histogram) in [
+                ("read", "Latency of reads", &latencies.read),
+                ("write", "Latency of writes", &latencies.write),
+                (
+                    "flush",
+                    "Latency of flushes, discards and zero writes",
+                    &latencies.flush,
+                ),
+            ] {
+                let labels = vec![("queue", index.to_string())];
+                registry.histogram(name, help, labels, Arc::clone(histogram));
+            }
+        }
+        type Field = fn(&Stats) -> &AtomicU64;
+        let fields: [(Field, &'static str, &'static str); 6] = [
+            (
+                |s| &s.not_authentic,
+                "not_authentic",
+                "Blocks, pages and records that did not authenticate",
+            ),
+            (
+                |s| &s.blocks_opened,
+                "blocks_opened",
+                "Blocks read and authenticated",
+            ),
+            (
+                |s| &s.blocks_sealed,
+                "blocks_sealed",
+                "Blocks sealed and written",
+            ),
+            (|s| &s.commits, "commits", "Commits made durable"),
+            (
+                |s| &s.checkpoints,
+                "checkpoints",
+                "Checkpoints made durable",
+            ),
+            (
+                |s| &s.backing_errors,
+                "backing_errors",
+                "Operations of the backing that failed",
+            ),
+        ];
+        for (field, name, help) in fields {
+            let shared = Arc::clone(self.state.volume.shared());
+            registry.gauge(name, help, vec![], move || {
+                field(shared.stats()).load(Ordering::Relaxed)
+            });
+        }
+    }
+
+    /// What only the in-flight region holds becomes durable.
+    fn settle(&self) {
+        if self.state.volume.phase() != Phase::Serving {
+            return;
+        }
+        if let Err(error) = self.state.volume.settle() {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+impl Device for BlockDevice {
+    type Queue = BlockQueue;
+
+    fn features(&self) -> u64 {
+        config::features(self.state.settings.is_read_only)
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.state.settings.queues
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.state.settings.queue_size
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Config {
+            volume_len: self.state.volume.shared().volume_len(),
+            queues: self.state.settings.queues,
+            queue_size: self.state.settings.queue_size,
+            is_writeback: self.state.is_writeback.load(Ordering::Relaxed),
+        }
+        .bytes()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        let acked = self.state.acked.load(Ordering::Relaxed);
+        let len = data.len();
+        let mode =
+            CacheMode::written(acked, offset, data).ok_or(DriverError::Config { offset, len })?;
+        self.set_mode(mode);
+        Ok(())
+    }
+
+    fn set_features(&self, acked: u64) {
+        self.state.acked.store(acked, Ordering::Relaxed);
+        self.set_mode(CacheMode::initial(acked));
+    }
+
+    fn inflight_extra_len(&self) -> usize {
+        RING_LEN
+    }
+
+    fn inflight_create(&self, extra: &SharedRegion) -> Result<(), DeviceError> {
+        let volume = &self.state.volume;
+        if volume.phase() == Phase::Serving {
+            volume.settle()?;
+        }
+        let memory = RegionMemory(Arc::new(extra.clone()));
+        Ok(delta_ring::format_fresh(&memory, &volume.id())?)
+    }
+
+    fn start(&self, extra: Option<Arc<SharedRegion>>) -> Result<(), DeviceError> {
+        if self.state.settings.is_read_only {
+            return Ok(());
+        }
+        if extra.is_none() && !self.state.has_warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "this frontend keeps no in-flight region: should the card be killed, writes that \
+                 the guest has not flushed are lost, as in a power cut"
+            );
+        }
+        let memory = extra.map(|region| Arc::new(RegionMemory(region)) as Arc<dyn RingMemory>);
+        Ok(self.state.volume.attach(memory)?)
+    }
+
+    fn rings_stopped(&self) {
+        self.settle();
+    }
+
+    fn stop(&self) {
+        self.settle();
+    }
+
+    fn queue(&self, index: u16, waker: Waker) -> Result<BlockQueue, DeviceError> {
+        let at = usize::from(index);
+        let (Some(stats), Some(latencies)) = (self.stats.get(at), self.latencies.get(at)) else {
+            return Err(format!("there is no queue {index}").into());
+        };
+        let shared = Arc::clone(self.state.volume.shared());
+        let lane = Lane::new(shared, Arc::new(move || waker.wake()));
+        Ok(BlockQueue::new(
+            Arc::clone(&self.state),
+            Arc::clone(stats),
+            Arc::clone(latencies),
+            lane,
+            Driver::new(Arc::clone(&self.state.backing)),
+        ))
+    }
+}
+
+impl BlockDevice {
+    fn set_mode(&self, mode: CacheMode) {
+        let flag = &self.state.is_writeback;
+        flag.store(mode.is_writeback, Ordering::Relaxed);
+    }
+}
