@@ -4,8 +4,8 @@ use std::io;
 
 use rustix::io::Errno;
 use rustix::process::{
-    DumpableBehavior, Gid, Resource, Rlimit, Uid, geteuid, getrlimit, set_dumpable_behavior,
-    setrlimit,
+    DumpableBehavior, Gid, Resource, Rlimit, Uid, geteuid, getppid, getrlimit,
+    parent_process_death_signal, set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
@@ -65,9 +65,23 @@ pub(super) fn become_user(user: User) -> Result<(), SandboxError> {
         return Err(SandboxError::NotRoot);
     }
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    // Changing the user clears the signal by which a supervisor takes its children along when it is
+    // killed (prctl(2), PR_SET_PDEATHSIG). Who started this card still wants that.
+    let death_signal = parent_process_death_signal().map_err(failed("read the death signal"))?;
+    let parent = getppid();
     set_thread_groups(&[]).map_err(failed("leave the supplementary groups"))?;
     set_thread_res_gid(gid, gid, gid).map_err(failed("change the group"))?;
-    set_thread_res_uid(uid, uid, uid).map_err(failed("change the user"))
+    set_thread_res_uid(uid, uid, uid).map_err(failed("change the user"))?;
+    if death_signal.is_some() {
+        set_parent_process_death_signal(death_signal).map_err(failed("keep the death signal"))?;
+        if getppid() != parent {
+            // It died meanwhile, and its signal was lost.
+            return Err(failed("go on without the process that started this one")(
+                Errno::SRCH,
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Says whether it could: that takes CAP_SETPCAP, which root loses with its user id.

@@ -59,6 +59,21 @@ fn play(scene: &str, dir: &Path) {
             uid: 65534,
             gid: 65534,
         }),
+        "death-signal" => {
+            let signal = Some(rustix::process::Signal::KILL);
+            rustix::process::set_parent_process_death_signal(signal).unwrap();
+            let user = User {
+                uid: 65534,
+                gid: 65534,
+            };
+            say(
+                "apply",
+                Sandbox::builder().user(user).seccomp(Seccomp::Off).apply(),
+            );
+            let kept = rustix::process::parent_process_death_signal();
+            say("kept", (kept == Ok(signal)).then_some(()).ok_or(kept));
+            return;
+        }
         "paths" => Sandbox::builder()
             .read(dir.join("readable"))
             .read_write(dir.join("writable"))
@@ -326,6 +341,13 @@ fn landlock_alone_keeps_files_out_of_reach() {
         "remove",
         "execute",
     ]);
+}
+
+#[test]
+fn the_death_signal_survives_the_change_of_user() {
+    if rustix::process::geteuid().is_root() {
+        Scene::play("death-signal").ok(&["apply", "kept"]);
+    }
 }
 
 #[test]
