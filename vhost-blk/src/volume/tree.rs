@@ -136,6 +136,12 @@ impl Tree {
         &mut node.page
     }
 
+    /// What leaf `index` is stored as.
+    pub fn leaf_entry(&self, index: u64) -> Entry {
+        let parent = self.levels[1].get(&(index / FANOUT));
+        parent.map_or(Entry::HOLE, |node| node.page.entry(index))
+    }
+
     /// All leaves that are not all holes.
     pub fn leaves(&self) -> impl Iterator<Item = (u64, &Page)> {
         self.levels[0]

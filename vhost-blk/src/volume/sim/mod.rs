@@ -11,6 +11,7 @@ mod disk;
 mod model;
 mod world;
 
+mod attack_tests;
 mod crash_tests;
 
 use std::cell::RefCell;

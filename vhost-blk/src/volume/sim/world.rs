@@ -54,7 +54,7 @@ pub(super) fn material() -> KeyMaterial {
 pub(super) struct SimRing(Mutex<Vec<u8>>);
 
 impl SimRing {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         // Small, so that it fills and wraps.
         Arc::new(Self(Mutex::new(vec![0; 8 * 1024])))
     }
