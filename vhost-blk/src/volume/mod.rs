@@ -29,4 +29,6 @@ pub mod superblock;
 pub mod tree;
 
 #[cfg(test)]
+mod format_tests;
+#[cfg(test)]
 mod sim;

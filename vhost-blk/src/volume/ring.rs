@@ -200,6 +200,13 @@ const fn record_len(deltas: usize) -> usize {
     RECORD_HEADER + deltas * DELTA_LEN
 }
 
+/// Whether the ring goes on at its start from here.
+fn is_skip(memory: &dyn RingMemory, at: usize) -> bool {
+    let mut word = [0; 4];
+    memory.read(at, &mut word);
+    u32::from_le_bytes(word) == SKIP_MAGIC
+}
+
 /// Reads the records of a live ring from its tail on, in the order they were acknowledged.
 ///
 /// # Errors
@@ -229,13 +236,21 @@ pub fn read_records(
     let Ok(mut at) = usize::try_from(long(&tail, 0)) else {
         return Ok(found);
     };
-    let mut skips = 0;
-    let mut steps = 0;
-    while at >= RECORDS_AT
-        && at.saturating_add(8) <= memory.len()
-        && steps < memory.len() / RECORD_HEADER
-    {
-        steps += 1;
+    let mut has_wrapped = false;
+    // Each record takes at least its header, so this many steps go once around.
+    for _ in 0..memory.len() / RECORD_HEADER {
+        if at < RECORDS_AT {
+            break;
+        }
+        let is_at_end = at.saturating_add(RECORD_HEADER) > memory.len();
+        if is_at_end || is_skip(memory, at) {
+            if has_wrapped {
+                break;
+            }
+            has_wrapped = true;
+            at = RECORDS_AT;
+            continue;
+        }
         let mut head = [0; RECORD_HEADER];
         memory.read(at, &mut head);
         let word = |offset: usize| {
@@ -243,11 +258,6 @@ pub fn read_records(
                 .first_chunk()
                 .map_or(0, |b| u32::from_le_bytes(*b))
         };
-        if word(0) == SKIP_MAGIC && skips == 0 {
-            skips += 1;
-            at = RECORDS_AT;
-            continue;
-        }
         let count = word(4) as usize;
         if word(0) != RECORD_MAGIC
             || count > RECORD_MAX
@@ -273,13 +283,6 @@ pub fn read_records(
         }));
         number = Some(long(&head, 16).wrapping_add(1));
         at += record_len(count);
-        if at + RECORD_HEADER > memory.len() {
-            at = RECORDS_AT;
-            skips += 1;
-        }
-        if skips > 1 {
-            break;
-        }
     }
     Ok(found)
 }
