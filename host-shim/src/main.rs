@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use host_shim::accel;
 
+mod demo;
 mod run;
 
 /// Plans, starts and supervises offload cards and QEMU.
@@ -23,6 +24,11 @@ enum Command {
     /// Its console is on standard output and input. SIGINT and SIGTERM (and control-] where the
     /// console is a terminal) ask the guest to power off; a second one makes QEMU quit.
     Run(run::RunArgs),
+    /// Show the whole path: a sealed volume, a guest on it, and what an attacker gets.
+    ///
+    /// Installs the Debian packages it needs (and says which), builds the card if this is run from
+    /// its sources, and works in a folder under /var/tmp that is removed in the end.
+    Demo(demo::DemoArgs),
     /// Measure whether /dev/kvm runs guests at native speed. Exit status 1: it does not.
     ProbeKvm {
         /// Print JSON.
@@ -34,6 +40,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Demo(args) => demo::demo(&args),
         Command::ProbeKvm { json } => probe_kvm(json),
     };
     result.unwrap_or_else(|error| {

@@ -163,6 +163,12 @@ impl Vm {
         }
     }
 
+    /// Whether nothing runs any more, so that [`Vm::wait`] returns at once.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.supervisor.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Process id of a card, while it runs.
     #[must_use]
     pub fn card_pid(&self, index: usize) -> Option<u32> {
