@@ -3,8 +3,14 @@
 //! Errors come back as one chain and are printed once, here, in one line that says what to do
 //! next.
 
+mod check;
 mod create;
+mod export;
+mod import;
+mod info;
 mod open;
+mod progress;
+mod pump;
 mod serve;
 
 use std::error::Error;
@@ -19,10 +25,13 @@ pub fn run(command: Command) -> ExitCode {
     let result = match command {
         Command::Create(args) => create::run(&args).map(|()| 0),
         Command::Serve(args) => serve::run(&args).map(|()| 0),
-        _ => {
+        Command::Info(args) => info::run(&args).map(|()| 0),
+        Command::Check(args) => {
             failure = 2;
-            Err(anyhow::anyhow!("later"))
+            check::run(&args).map(|is_clean| u8::from(!is_clean))
         }
+        Command::Import(args) => import::run(&args).map(|()| 0),
+        Command::Export(args) => export::run(&args).map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(code),

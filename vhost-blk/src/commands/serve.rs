@@ -25,7 +25,7 @@ use super::open::{id_text, serial_text, volume};
 use crate::args::ServeArgs;
 use crate::device::report::LogReporter;
 use crate::device::{BlockDevice, Settings};
-use crate::volume::backing::{Access, Backing as _};
+use crate::volume::backing::{Access, Backing};
 use crate::volume::engine::{Phase, Volume};
 use crate::volume::recover::Recovered;
 
@@ -57,7 +57,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     );
     let serial = serial_text(&settings.serial);
     let reporter = Box::new(LogReporter::new(serial_text(&superblock.serial)));
-    let as_backing = Arc::clone(&backing) as Arc<dyn crate::volume::backing::Backing>;
+    let as_backing = Arc::clone(&backing) as Arc<dyn Backing>;
     let volume = Volume::new(recovered, as_backing, reporter);
     let device = Arc::new(BlockDevice::new(volume, backing, settings));
 

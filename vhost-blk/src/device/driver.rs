@@ -100,6 +100,11 @@ impl Driver {
         Some((id, result, kind.into_buffer()))
     }
 
+    /// A driver of the same backing with nothing under way.
+    pub fn successor(&self) -> Self {
+        Self::new(Arc::clone(&self.backing))
+    }
+
     /// Operations under way.
     pub fn count(&self) -> usize {
         self.count

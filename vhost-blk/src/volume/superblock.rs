@@ -120,6 +120,27 @@ pub struct Superblock {
     pub table: Vec<KeyEntry>,
 }
 
+/// See [`Superblock::claims`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Claims {
+    /// Version of the format.
+    pub version: u32,
+    /// Names the volume.
+    pub id: VolumeId,
+    /// Counts superblocks.
+    pub generation: u64,
+    /// Whether it was closed.
+    pub is_clean: bool,
+    /// Bytes that the guest sees.
+    pub volume_len: u64,
+    /// Seconds since the Unix epoch.
+    pub created: u64,
+    /// What GET_ID answers.
+    pub serial: [u8; SERIAL_LEN],
+    /// Wrapped volume keys.
+    pub key_slots: [[u8; SLOT_LEN]; KEY_SLOTS],
+}
+
 /// Why a copy is not used.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum SuperblockError {
@@ -241,6 +262,24 @@ impl Superblock {
         }
         let slots = std::array::from_fn(|index| array_at(copy, KEY_SLOTS_AT + index * SLOT_LEN));
         Ok((array_at(copy, 16), slots))
+    }
+
+    /// What a copy says of itself to those who have no key. Nothing of it is authenticated.
+    ///
+    /// # Errors
+    /// It is no header of a known version.
+    pub fn claims(copy: &[u8]) -> Result<Claims, SuperblockError> {
+        let (id, key_slots) = Self::peek(copy)?;
+        Ok(Claims {
+            version: u32_at(copy, 8),
+            id,
+            generation: u64_at(copy, 32),
+            is_clean: u32_at(copy, 12) & FLAG_CLEAN != 0,
+            volume_len: u64_at(copy, 56).saturating_mul(BLOCK_LEN as u64),
+            created: u64_at(copy, 184),
+            serial: array_at(copy, 192),
+            key_slots,
+        })
     }
 
     /// Parses and authenticates a copy (up to [`COPY_LEN`] bytes of it).

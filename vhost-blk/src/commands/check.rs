@@ -1,0 +1,376 @@
+//! `check`: is everything that a volume holds what was written to it?
+//!
+//! | what | how |
+//! |---|---|
+//! | header | both copies authenticate |
+//! | map and space tree | every page authenticates (opening did that) |
+//! | log | replayed as an opening does; a batch that the last power cut left half-written is no damage |
+//! | space | each slot is used once, and map and space tree agree on which |
+//! | data | every mapped block is read and authenticated |
+//!
+//! Blocks are read leaf by leaf by several threads, so memory does not grow with the volume beyond
+//! its map and a bit for each slot.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use indicatif::ProgressBar;
+use offload::cli::format_size;
+use serde_json::json;
+
+use super::open::{id_text, serial_text, volume};
+use super::progress;
+use crate::args::CheckArgs;
+use crate::volume::backing::{Access, Backing};
+use crate::volume::buffer::Buffer;
+use crate::volume::entry::Entry;
+use crate::volume::geometry::{BLOCK_LEN, Block, CHUNK_SLOTS, FANOUT, Geometry, Slot};
+use crate::volume::recover::Recovered;
+
+/// Problems that are listed; the rest is counted.
+const LISTED: usize = 100;
+/// Reading threads: enough to keep a disk busy while one of them decrypts.
+const THREADS: usize = 4;
+
+/// Checks; whether all is well.
+pub(super) fn run(args: &CheckArgs) -> anyhow::Result<bool> {
+    let (backing, recovered) = volume(&args.volume, args.key.source(), Access::Read)?;
+    let mut findings = Findings::default();
+    check_copies(&recovered, &mut findings);
+    check_pages(&recovered, &mut findings);
+    check_space(&recovered, &mut findings);
+    let blocks = check_data(&recovered, &*backing, &mut findings);
+    report(args, &recovered, blocks, &findings);
+    Ok(findings.count == 0)
+}
+
+#[derive(Debug, Default)]
+struct Findings {
+    listed: Vec<String>,
+    count: u64,
+}
+
+impl Findings {
+    fn add(&mut self, text: String) {
+        self.count += 1;
+        if self.listed.len() < LISTED {
+            self.listed.push(text);
+        }
+    }
+}
+
+fn check_copies(recovered: &Recovered, findings: &mut Findings) {
+    for (copy, health) in ["first", "second"].iter().zip(&recovered.copies) {
+        if let Err(error) = health {
+            findings.add(format!(
+                "the {copy} copy of the header is not usable ({error}); the other one serves, and \
+                 the next checkpoint writes both"
+            ));
+        }
+    }
+}
+
+fn check_pages(recovered: &Recovered, findings: &mut Findings) {
+    let blocks = recovered.superblock.geometry.blocks;
+    for (place, leaves) in recovered.map.damaged() {
+        let first = leaves.start.saturating_mul(FANOUT).min(blocks);
+        let end = leaves.end.saturating_mul(FANOUT).min(blocks);
+        findings.add(format!(
+            "{place} does not authenticate: blocks {first} to {end} are lost"
+        ));
+    }
+    for (place, _) in recovered.space.damaged() {
+        findings.add(format!(
+            "{place} does not authenticate: which slots are free is taken from the map"
+        ));
+    }
+    if recovered.lost_deltas > 0 {
+        findings.add(format!(
+            "{} changes of the log belong to lost pages",
+            recovered.lost_deltas
+        ));
+    }
+}
+
+/// A bit for each slot of the backing.
+struct SlotSet {
+    geometry: Geometry,
+    bits: Vec<u64>,
+}
+
+impl SlotSet {
+    fn new(geometry: Geometry) -> Self {
+        let slots = geometry.chunks * CHUNK_SLOTS;
+        Self {
+            geometry,
+            bits: vec![0; slots.div_ceil(64) as usize],
+        }
+    }
+
+    /// Adds a slot. `None`: it cannot hold data; `Some(false)`: it was in.
+    fn add(&mut self, slot: Slot) -> Option<bool> {
+        if !self.geometry.is_data_slot(slot) {
+            return None;
+        }
+        let word = self.bits.get_mut((slot.0 / 64) as usize)?;
+        let mask = 1 << (slot.0 % 64);
+        let is_new = *word & mask == 0;
+        *word |= mask;
+        Some(is_new)
+    }
+
+    fn has(&self, slot: Slot) -> bool {
+        let word = self.bits.get((slot.0 / 64) as usize);
+        word.is_some_and(|word| word & (1 << (slot.0 % 64)) != 0)
+    }
+}
+
+fn check_space(recovered: &Recovered, findings: &mut Findings) {
+    let geometry = recovered.superblock.geometry;
+    let mut data = SlotSet::new(geometry);
+    let has_space = recovered.space.damaged().is_empty();
+    for (block, entry) in recovered.blocks() {
+        let slot = entry.slot();
+        match data.add(slot) {
+            None => findings.add(format!(
+                "block {block} is said to be in slot {}, where no data can be",
+                slot.0
+            )),
+            Some(false) => findings.add(format!(
+                "slot {} is used by block {block} and another one",
+                slot.0
+            )),
+            Some(true) if has_space && !recovered.space.is_used(slot) => findings.add(format!(
+                "slot {} holds block {block} but is said to be free",
+                slot.0
+            )),
+            Some(true) => {}
+        }
+    }
+    // What is below a lost page of the map looks like a leak and is none.
+    if recovered.map.damaged().is_empty() {
+        let leaked = recovered.used_slots().filter(|slot| !data.has(*slot));
+        let leaked = leaked.count();
+        if leaked > 0 {
+            findings.add(format!(
+                "{leaked} slots are said to be in use, but no block is in them"
+            ));
+        }
+    }
+    let pages = recovered.map.page_entries();
+    for entry in pages.chain(recovered.space.page_entries()) {
+        match data.add(entry.slot()) {
+            Some(true) => {}
+            Some(false) => findings.add(format!(
+                "slot {} is used by a page and something else",
+                entry.slot().0
+            )),
+            None => findings.add(format!(
+                "a page is said to be in slot {}, where none can be",
+                entry.slot().0
+            )),
+        }
+    }
+}
+
+/// A stretch of blocks of one leaf in consecutive slots.
+struct Stretch {
+    first: u64,
+    entries: Vec<Entry>,
+}
+
+fn stretches(recovered: &Recovered, leaf: u64) -> Vec<Stretch> {
+    let geometry = &recovered.superblock.geometry;
+    let mut list: Vec<Stretch> = Vec::new();
+    let Some(page) = recovered.map.leaf(leaf) else {
+        return list;
+    };
+    for field in 0..FANOUT {
+        let (block, entry) = (leaf * FANOUT + field, page.entry(field));
+        if entry.is_hole() || !geometry.is_data_slot(entry.slot()) {
+            continue;
+        }
+        match list.last_mut() {
+            Some(last)
+                if last.first + last.entries.len() as u64 == block
+                    && last
+                        .entries
+                        .last()
+                        .is_some_and(|e| e.slot().0 + 1 == entry.slot().0) =>
+            {
+                last.entries.push(entry);
+            }
+            _ => list.push(Stretch {
+                first: block,
+                entries: vec![entry],
+            }),
+        }
+    }
+    list
+}
+
+/// What is wrong with a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    NotAuthentic,
+    Unreadable,
+}
+
+/// Reads and authenticates all data. How many blocks there were.
+fn check_data(recovered: &Recovered, backing: &dyn Backing, findings: &mut Findings) -> u64 {
+    let mut leaves: Vec<u64> = recovered.map.leaves().map(|(index, _)| index).collect();
+    leaves.sort_unstable();
+    let blocks = recovered.blocks().count() as u64;
+    let bar = progress::bytes(blocks * BLOCK_LEN as u64, "checking");
+    let next = AtomicUsize::new(0);
+    let faults = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let mut buffer = Buffer::zeroed(FANOUT as usize);
+                while let Some(leaf) = leaves.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let found = check_leaf(recovered, backing, *leaf, &mut buffer, &bar);
+                    if !found.is_empty() {
+                        let mut faults = faults.lock().unwrap_or_else(|e| e.into_inner());
+                        faults.extend(found);
+                    }
+                }
+            });
+        }
+    });
+    bar.finish_and_clear();
+    let mut faults = faults.into_inner().unwrap_or_else(|e| e.into_inner());
+    faults.sort_unstable_by_key(|(block, _)| *block);
+    for (first, last, fault) in group(&faults) {
+        let what = match fault {
+            Fault::NotAuthentic => "does not authenticate",
+            Fault::Unreadable => "cannot be read from the backing",
+        };
+        let block = BLOCK_LEN as u64;
+        let (from, to) = (first * block, (last + 1) * block);
+        findings.add(match last - first {
+            0 => format!("block {first} (bytes {from} to {to} of the disk) {what}"),
+            _ => format!(
+                "each of blocks {first} to {last} (bytes {from} to {to} of the disk) {what}"
+            ),
+        });
+    }
+    blocks
+}
+
+fn check_leaf(
+    recovered: &Recovered,
+    backing: &dyn Backing,
+    leaf: u64,
+    buffer: &mut Buffer,
+    bar: &ProgressBar,
+) -> Vec<(u64, Fault)> {
+    let mut faults = Vec::new();
+    for stretch in stretches(recovered, leaf) {
+        let Some(start) = stretch.entries.first().map(|entry| entry.slot().offset()) else {
+            continue;
+        };
+        buffer.set_blocks(stretch.entries.len());
+        let is_read = backing.read_at(start, buffer).is_ok();
+        for (index, entry) in stretch.entries.iter().enumerate() {
+            let block = stretch.first + index as u64;
+            let data = buffer.block_mut(index);
+            // One bad sector must not hide the state of its neighbours.
+            if !is_read && backing.read_at(entry.slot().offset(), data).is_err() {
+                faults.push((block, Fault::Unreadable));
+            } else if recovered
+                .keyring
+                .open_block(Block(block), entry, data)
+                .is_err()
+            {
+                faults.push((block, Fault::NotAuthentic));
+            }
+        }
+        bar.inc(stretch.entries.len() as u64 * BLOCK_LEN as u64);
+    }
+    faults
+}
+
+/// Neighbours with the same fault: first, last, fault.
+fn group(faults: &[(u64, Fault)]) -> Vec<(u64, u64, Fault)> {
+    let mut groups: Vec<(u64, u64, Fault)> = Vec::new();
+    for (block, fault) in faults {
+        match groups.last_mut() {
+            Some((_, last, same)) if *last + 1 == *block && same == fault => *last = *block,
+            _ => groups.push((*block, *block, *fault)),
+        }
+    }
+    groups
+}
+
+fn report(args: &CheckArgs, recovered: &Recovered, blocks: u64, findings: &Findings) {
+    let superblock = &recovered.superblock;
+    let log = match (superblock.clean, recovered.dropped) {
+        (true, _) => "empty: the volume was closed".to_owned(),
+        (false, dropped) => format!(
+            "{} batches replayed{}",
+            recovered.replayed,
+            if dropped {
+                "; the last one was not complete and does not count"
+            } else {
+                ""
+            }
+        ),
+    };
+    let is_clean = findings.count == 0;
+    if args.json {
+        let report = json!({
+            "clean": is_clean,
+            "id": id_text(&superblock.id),
+            "serial": serial_text(&superblock.serial),
+            "blocks_checked": blocks,
+            "log": log,
+            "problem_count": findings.count,
+            "problems": findings.listed,
+        });
+        println!("{report:#}");
+        return;
+    }
+    println!(
+        "{}: volume {}, {}\n  data  {blocks} blocks ({}) read\n  log   {log}",
+        args.volume.display(),
+        serial_text(&superblock.serial),
+        format_size(superblock.geometry.volume_len()),
+        format_size(blocks * BLOCK_LEN as u64),
+    );
+    for problem in &findings.listed {
+        println!("  damaged: {problem}");
+    }
+    let rest = findings.count - findings.listed.len() as u64;
+    if rest > 0 {
+        println!("  and {rest} more");
+    }
+    println!("{}", if is_clean { "clean" } else { "damaged" });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_told_as_one() {
+        use Fault::{NotAuthentic as A, Unreadable as R};
+        assert_eq!(
+            group(&[(1, A), (2, A), (3, R), (4, R), (9, R)]),
+            [(1, 2, A), (3, 4, R), (9, 9, R)]
+        );
+    }
+
+    #[test]
+    fn a_slot_set_tells_new_slots_from_old_and_impossible_ones() {
+        let geometry = Geometry::for_volume(1 << 20).unwrap();
+        let mut set = SlotSet::new(geometry);
+        let slot = Slot(geometry.data_start() * CHUNK_SLOTS + 63);
+        assert!(!set.has(slot));
+        assert_eq!((set.add(slot), set.add(slot)), (Some(true), Some(false)));
+        assert!(set.has(slot));
+        for impossible in [0, CHUNK_SLOTS, geometry.chunks * CHUNK_SLOTS, u64::MAX] {
+            assert_eq!(set.add(Slot(impossible)), None);
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! `export`: a volume's contents as a raw image, holes kept.
+//!
+//! What cannot be read, because it does not authenticate or the backing fails, reads as zeros in
+//! the image; the command then says where and fails, for an image that is not what the volume was
+//! must not look like one that is.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use offload::cli::format_size;
+use rustix::fs::{FallocateFlags, SeekFrom};
+
+use super::create::Unfinished;
+use super::open::{serial_text, volume};
+use super::progress;
+use super::pump::{Bytes, CHUNK, DEPTH, Pump};
+use crate::args::ExportArgs;
+use crate::device::report::LogReporter;
+use crate::volume::backing::{Access, Backing};
+use crate::volume::engine::{Op, Volume};
+use crate::volume::geometry::{BLOCK_LEN, FANOUT};
+use crate::volume::recover::Recovered;
+
+/// Places that are listed; the rest is counted.
+const LISTED: usize = 20;
+
+pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
+    let (backing, recovered) = volume(&args.volume, args.key.source(), Access::Read)?;
+    let source = std::fs::metadata(&args.volume)?;
+    let len = recovered.superblock.geometry.volume_len();
+    let unfinished = Unfinished::at(&args.image);
+    let target = Target::open(&args.image, len, args.force, (source.dev(), source.ino()))?;
+    let mut missing = lost_blocks(&recovered);
+    let runs = runs(&recovered);
+    let reporter = Box::new(LogReporter::new(serial_text(&recovered.superblock.serial)));
+    let volume = Volume::new(
+        recovered,
+        Arc::clone(&backing) as Arc<dyn Backing>,
+        reporter,
+    );
+    let mut pump = Pump::new(&volume, backing).context("cannot set up io_uring")?;
+    let written = copy(&mut pump, runs, &target, &mut missing)?;
+    target
+        .file
+        .sync_all()
+        .with_context(|| format!("cannot make {} durable", args.image.display()))?;
+    unfinished.keep()?;
+    println!(
+        "{}: {} with {} of data, decrypted; keep it safe",
+        args.image.display(),
+        format_size(len),
+        format_size(written),
+    );
+    if missing.is_empty() {
+        return Ok(());
+    }
+    missing.sort_unstable();
+    for block in missing.iter().take(LISTED) {
+        let offset = block * BLOCK_LEN as u64;
+        eprintln!(
+            "unreadable: block {block}, bytes {offset} to {}",
+            offset + BLOCK_LEN as u64
+        );
+    }
+    bail!(
+        "{} blocks of the volume could not be read and are zeros in the image; `vhost-blk check` \
+         says why",
+        missing.len(),
+    );
+}
+
+/// Stretches of mapped blocks, in order: first and how many.
+fn runs(recovered: &Recovered) -> VecDeque<(u64, u64)> {
+    let most = (CHUNK / BLOCK_LEN) as u64;
+    let mut runs: VecDeque<(u64, u64)> = VecDeque::new();
+    for (block, _) in recovered.blocks() {
+        match runs.back_mut() {
+            Some((first, count)) if *first + *count == block && *count < most => *count += 1,
+            _ => runs.push_back((block, 1)),
+        }
+    }
+    runs
+}
+
+/// Blocks below pages that do not authenticate.
+fn lost_blocks(recovered: &Recovered) -> Vec<u64> {
+    let blocks = recovered.superblock.geometry.blocks;
+    let end = |leaf: u64| leaf.saturating_mul(FANOUT).min(blocks);
+    let damaged = recovered.map.damaged().iter();
+    damaged
+        .flat_map(|(_, leaves)| end(leaves.start)..end(leaves.end))
+        .collect()
+}
+
+struct Target {
+    file: File,
+}
+
+impl Target {
+    /// Opens the image, all of it reading as zeros.
+    fn open(
+        path: &Path,
+        len: u64,
+        may_overwrite: bool,
+        source: (u64, u64),
+    ) -> anyhow::Result<Self> {
+        let failed = || format!("cannot write {}", path.display());
+        let existing = std::fs::metadata(path).ok();
+        if let Some(meta) = &existing {
+            let kind = meta.file_type();
+            if (meta.dev(), meta.ino()) == source {
+                bail!("image and volume are the same file");
+            }
+            if !kind.is_file() && !kind.is_block_device() {
+                bail!("{} is neither a file nor a block device", path.display());
+            }
+            if !may_overwrite {
+                bail!(
+                    "{} is there already; give --force to overwrite it",
+                    path.display()
+                );
+            }
+        }
+        let mut options = File::options();
+        // Plaintext: for its owner only.
+        options.read(true).write(true).mode(0o600);
+        match existing {
+            None => options.create_new(true),
+            Some(_) => &mut options,
+        };
+        let file = options.open(path).with_context(failed)?;
+        if existing.is_some_and(|meta| meta.file_type().is_block_device()) {
+            let room = rustix::fs::seek(&file, SeekFrom::End(0)).with_context(failed)?;
+            if room < len {
+                bail!(
+                    "{} has {room} bytes, the volume {len}: use a larger device",
+                    path.display()
+                );
+            }
+            zero_device(&file, len).with_context(failed)?;
+        } else {
+            file.set_len(0).with_context(failed)?;
+            file.set_len(len).with_context(failed)?;
+        }
+        Ok(Self { file })
+    }
+}
+
+/// Makes the first `len` bytes of a device zeros.
+fn zero_device(file: &File, len: u64) -> std::io::Result<()> {
+    let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, 0, len) {
+        Ok(()) => return Ok(()),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let zeros = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let part = (len - at).min(zeros.len() as u64);
+        let bytes = zeros.get(..part as usize).unwrap_or_default();
+        file.write_all_at(bytes, at)?;
+        at += part;
+    }
+    Ok(())
+}
+
+/// Copies all stretches. Bytes written.
+fn copy(
+    pump: &mut Pump,
+    mut runs: VecDeque<(u64, u64)>,
+    target: &Target,
+    missing: &mut Vec<u64>,
+) -> anyhow::Result<u64> {
+    let total: u64 = runs.iter().map(|(_, count)| count * BLOCK_LEN as u64).sum();
+    let bar = progress::bytes(total, "exporting");
+    let mut written = 0;
+    loop {
+        while pump.count() < DEPTH
+            && let Some((first, count)) = runs.pop_front()
+        {
+            let (offset, len) = (first * BLOCK_LEN as u64, count * BLOCK_LEN as u64);
+            let data = vec![0; len as usize];
+            pump.submit(Op::Read { offset, len }, Bytes { offset, data });
+        }
+        let Some(done) = pump.next().context("io_uring failed")? else {
+            break;
+        };
+        let Bytes { offset, data } = done.payload;
+        let (first, count) = (offset / BLOCK_LEN as u64, (data.len() / BLOCK_LEN) as u64);
+        match done.result {
+            Ok(()) => {
+                target
+                    .file
+                    .write_all_at(&data, offset)
+                    .with_context(|| format!("cannot write the image at byte {offset}"))?;
+                written += data.len() as u64;
+            }
+            // One bad block must not cost its neighbours.
+            Err(_) if count > 1 => {
+                runs.extend((first..first + count).map(|block| (block, 1)));
+                continue;
+            }
+            Err(_) => missing.push(first),
+        }
+        bar.inc(data.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(written)
+}
