@@ -28,6 +28,7 @@ pub use self::activate::AttachError;
 pub use self::core::Phase;
 pub use self::lane::Lane;
 pub use self::request::{Done, Io, IoKind, Op, Payload, PayloadFault};
+#[cfg(test)]
 pub(crate) use self::volume::drive;
 pub use self::volume::{Shared, Volume, VolumeError};
 

@@ -402,7 +402,7 @@ fn a_ring_of_an_earlier_life_is_refused_and_changes_nothing() {
     let ring = killed(&bench);
     bench.write(&[(1, 13)]);
     let running = bench.open().expect("opens");
-    let refused = running.volume.attach(Some(ring)).err().expect("refused");
+    let refused = running.volume.attach(Some(ring)).expect_err("refused");
     assert!(
         matches!(refused, AttachError::StaleRing { .. }),
         "{refused}"
