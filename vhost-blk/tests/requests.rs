@@ -402,3 +402,124 @@ fn a_large_request_of_many_segments_is_served_whole() {
     drop(guest);
     card.stop();
 }
+
+/// What comes of a chain, from the text of the standard: bytes written and status.
+fn model(kind: u32, sector: u64, readable: u64, writable: u64, disk: u64) -> (u32, Option<u8>) {
+    let Some(room) = writable.checked_sub(1) else {
+        return (0, None);
+    };
+    let Some(payload) = readable.checked_sub(16) else {
+        return (1, Some(IOERR));
+    };
+    let fits = |len: u64| len % 512 == 0 && sector + len / 512 <= disk / 512;
+    match kind {
+        IN if fits(room) => (room as u32 + 1, Some(OK)),
+        OUT if fits(payload) => (1, Some(OK)),
+        IN | OUT => (1, Some(IOERR)),
+        FLUSH => (1, Some(OK)),
+        GET_ID => (room.min(20) as u32 + 1, Some(OK)),
+        DISCARD | WRITE_ZEROES if payload == 0 || payload % 16 != 0 || payload > 256 => {
+            (1, Some(IOERR))
+        }
+        // Whether the segments make sense is not modelled.
+        DISCARD | WRITE_ZEROES => (1, None),
+        _ => (1, Some(UNSUPP)),
+    }
+}
+
+#[test]
+fn any_chain_comes_back_with_the_length_and_status_that_the_standard_has_for_it() {
+    let files = Files::with_volume("16M");
+    let card = files.serve(&[]);
+    let mut guest = Guest::new(&card);
+    let ram = std::sync::Arc::clone(&guest.ram);
+    let at = ram.alloc(1 << 20, 4096);
+    let disk = 16 << 20;
+    for seed in 0..3000_u64 {
+        let dice = pattern(seed + 1, 64);
+        let mut next = dice
+            .chunks_exact(2)
+            .map(|b| u16::from_le_bytes([b[0], b[1]]));
+        let mut roll = |below: u16| u64::from(next.next().unwrap() % below);
+        let kind = match roll(8) {
+            0 | 1 => IN,
+            2 | 3 => OUT,
+            4 => [FLUSH, GET_ID][roll(2) as usize],
+            5 => [DISCARD, WRITE_ZEROES][roll(2) as usize],
+            _ => roll(20) as u32,
+        };
+        let sector = match roll(4) {
+            0 => disk / 512 - roll(20),
+            1 => u64::from(u32::MAX) * 7,
+            _ => roll(30_000),
+        };
+        // Lengths that are right half of the time, cut anywhere.
+        let mut lengths = |head: u64, tail: u64| {
+            let body = match roll(4) {
+                0 => 0,
+                1 => roll(20_000),
+                2 => roll(20) * 16,
+                _ => roll(40) * 512,
+            };
+            let mut left = (head + body + tail).saturating_sub(u64::from(roll(12) == 0) * 16);
+            let mut list = Vec::new();
+            while left > 0 {
+                let part = match roll(3) {
+                    _ if list.len() > 5 => left,
+                    0 => left,
+                    1 => left.min(1 + roll(40)),
+                    _ => left.min(1 + roll(9000)),
+                };
+                list.push(part as u32);
+                left -= part;
+            }
+            list
+        };
+        let (readable, writable) = (lengths(16, 0), lengths(0, 1));
+        let total = |list: &[u32]| list.iter().map(|len| u64::from(*len)).sum::<u64>();
+        let (r, w) = (total(&readable), total(&writable));
+        if r + w == 0 {
+            continue;
+        }
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        // Readable bytes one after the other, writable ones behind, with a guard at their end.
+        ram.write(at, &pattern(seed, r as usize + 16));
+        ram.write(at, &header);
+        let into = at + r + 16;
+        ram.write(into, &vec![0xee; w as usize + 16]);
+        let mut chain = Vec::new();
+        let mut addr = at;
+        for len in &readable {
+            chain.push(Buffer::readable(addr, *len));
+            addr += u64::from(*len);
+        }
+        let mut addr = into;
+        for len in &writable {
+            chain.push(Buffer::writable(addr, *len));
+            addr += u64::from(*len);
+        }
+        let written = guest.raw_indirect(&chain);
+        let (expected, status) = model(kind, sector, r, w, disk);
+        let told = format!("seed {seed}, kind {kind}, sector {sector}, {readable:?}, {writable:?}");
+        assert_eq!(written, expected, "{told}");
+        let seen = ram.read(into, w as usize + 16);
+        assert!(
+            seen[w as usize..].iter().all(|byte| *byte == 0xee),
+            "{told}"
+        );
+        if let Some(status) = status {
+            assert_eq!(seen[w as usize - 1], status, "{told}");
+        }
+        if w > 0 && written == 1 {
+            assert!(
+                seen[..w as usize - 1].iter().all(|byte| *byte == 0xee),
+                "{told}"
+            );
+        }
+    }
+    drop(guest);
+    card.stop();
+    assert!(files.on_volume("check", &[]).status.success());
+}
