@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`geometry`] | sizes, blocks, slots, chunks |
 //! | [`superblock`], [`page`], [`log`], [`ring`], [`entry`] | the stored formats, pure |
-//! | [`tree`], [`space`], [`ranges`] | map, allocator, write ranges, in memory |
+//! | [`tree`], `space`, `ranges` | map, allocator, write ranges, in memory |
 //! | [`recover`] | from a backing to an open volume |
 //! | [`engine`] | the running volume: a state machine without I/O |
 //! | [`backing`] | files and devices |

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A [`Lane`] belongs to one queue and its thread. [`Shared`] is what lanes have in common; its
-//! [`Core`](core::Core) is behind a lock that a lane takes once a batch.
+//! `Core` is behind a lock that a lane takes once a batch.
 
 mod activate;
 mod checkpoint;
