@@ -1,0 +1,25 @@
+//! The command line of the benchmarks.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use offload_benches::blk;
+
+/// Benchmarks of the offload cards against peers
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The block card against qemu-storage-daemon, plain and LUKS, and against fio on the plain file
+    Blk(blk::Options),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Blk(options) => blk::run(&options),
+    }
+}
