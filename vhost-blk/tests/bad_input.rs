@@ -290,24 +290,51 @@ fn a_block_that_was_moved_put_back_or_wiped_is_detected() {
     card.stop();
 }
 
-#[test]
-fn a_full_file_system_costs_new_writes_only() {
-    let files = Files::new();
-    let mount = files.path("small");
-    std::fs::create_dir(&mount).unwrap();
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=24m", "none"])
-        .arg(&mount)
-        .status()
-        .unwrap();
-    assert!(mounted.success(), "this test needs root");
-    struct Mounted(std::path::PathBuf);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+/// A small file system, which takes root to mount.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn new(files: &Files, kind: &str) -> Self {
+        let mount = files.path("small");
+        std::fs::create_dir(&mount).unwrap();
+        let mut command = Command::new("mount");
+        if kind == "tmpfs" {
+            command.args(["-t", "tmpfs", "-o", "size=24m", "none"]);
+        } else {
+            let disk = files.path("small-disk");
+            let file = std::fs::File::create(&disk).unwrap();
+            file.set_len(32 << 20).unwrap();
+            let mut mkfs = Command::new(format!("mkfs.{kind}"));
+            assert!(mkfs.arg("-q").arg(&disk).status().unwrap().success());
+            command.args(["-o", "loop"]).arg(&disk);
         }
+        assert!(
+            command.arg(&mount).status().unwrap().success(),
+            "this test needs root"
+        );
+        Self(mount)
     }
-    let _mounted = Mounted(mount.clone());
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_tmpfs_costs_new_writes_only() {
+    a_full_file_system_costs_new_writes_only("tmpfs");
+}
+
+#[test]
+fn a_full_ext4_costs_new_writes_only() {
+    a_full_file_system_costs_new_writes_only("ext4");
+}
+
+fn a_full_file_system_costs_new_writes_only(kind: &str) {
+    let files = Files::new();
+    let _mounted = Mounted::new(&files, kind);
     let (key, volume) = (files.text("key"), files.text("small/volume"));
     succeeds(&["create", "--size", "64M", "--key-file", &key, &volume]);
 
