@@ -411,14 +411,14 @@ fn model(kind: u32, sector: u64, readable: u64, writable: u64, disk: u64) -> (u3
     let Some(payload) = readable.checked_sub(16) else {
         return (1, Some(IOERR));
     };
-    let fits = |len: u64| len % 512 == 0 && sector + len / 512 <= disk / 512;
+    let fits = |len: u64| len.is_multiple_of(512) && sector + len / 512 <= disk / 512;
     match kind {
         IN if fits(room) => (room as u32 + 1, Some(OK)),
         OUT if fits(payload) => (1, Some(OK)),
         IN | OUT => (1, Some(IOERR)),
         FLUSH => (1, Some(OK)),
         GET_ID => (room.min(20) as u32 + 1, Some(OK)),
-        DISCARD | WRITE_ZEROES if payload == 0 || payload % 16 != 0 || payload > 256 => {
+        DISCARD | WRITE_ZEROES if payload == 0 || !payload.is_multiple_of(16) || payload > 256 => {
             (1, Some(IOERR))
         }
         // Whether the segments make sense is not modelled.
