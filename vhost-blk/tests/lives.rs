@@ -181,6 +181,25 @@ fn a_driver_that_cannot_flush_gets_durable_writes_without_a_region() {
 }
 
 #[test]
+fn a_cache_mode_that_the_driver_chose_survives_a_killed_card() {
+    let files = Files::with_volume("16M");
+    let card = files.serve(&[]);
+    let mut guest = Guest::new(&card);
+    assert!(guest.set_config(32, &[0]));
+    card.kill();
+    let card = files.serve(&[]);
+    guest.reconnect(&card);
+    assert_eq!(guest.frontend.config(32, 1), [0], "still writethrough");
+    assert!(guest.set_config(32, &[1]));
+    drop(guest);
+    // Another driver starts with what its features say.
+    let mut guest = Guest::new(&card);
+    assert_eq!(guest.frontend.config(32, 1), [1]);
+    drop(guest);
+    card.stop();
+}
+
+#[test]
 fn the_cache_mode_is_the_drivers_to_choose() {
     let files = Files::with_volume("16M");
     let card = files.serve(&[]);

@@ -25,8 +25,8 @@ pub mod report;
 pub mod request;
 pub mod ring;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use offload::device::{Device, DeviceError};
 use offload::inflight::SharedRegion;
@@ -74,7 +74,16 @@ pub(crate) struct State {
     settings: Settings,
     acked: AtomicU64,
     is_writeback: AtomicBool,
+    /// The driver's own choice of cache mode, for the in-flight region to remember.
+    choice: Mutex<Choice>,
     has_warned: AtomicBool,
+}
+
+/// A cache mode that the driver chose, and where the next card process will find it.
+#[derive(Default)]
+struct Choice {
+    mode: Option<CacheMode>,
+    region: Option<Arc<SharedRegion>>,
 }
 
 /// What a queue looks up for each request.
@@ -122,6 +131,7 @@ impl BlockDevice {
                 settings,
                 acked: AtomicU64::new(0),
                 is_writeback: AtomicBool::new(true),
+                choice: Mutex::default(),
                 has_warned: AtomicBool::new(false),
             }),
         }
@@ -233,12 +243,18 @@ impl Device for BlockDevice {
         let mode =
             CacheMode::written(acked, offset, data).ok_or(DriverError::Config { offset, len })?;
         self.set_mode(mode);
+        let mut choice = self.choice();
+        choice.mode = Some(mode);
+        if let Some(region) = &choice.region {
+            ring::remember_mode(region, mode);
+        }
         Ok(())
     }
 
     fn set_features(&self, acked: u64) {
         self.state.acked.store(acked, Ordering::Relaxed);
         self.set_mode(CacheMode::initial(acked));
+        self.choice().mode = None;
     }
 
     fn inflight_extra_len(&self) -> usize {
@@ -264,8 +280,22 @@ impl Device for BlockDevice {
                  the guest has not flushed are lost, as in a power cut"
             );
         }
-        let memory = extra.map(|region| Arc::new(RegionMemory(region)) as Arc<dyn RingMemory>);
-        Ok(self.state.volume.attach(memory)?)
+        let memory = extra
+            .clone()
+            .map(|region| Arc::new(RegionMemory(region)) as Arc<dyn RingMemory>);
+        self.state.volume.attach(memory)?;
+        // A frontend does not write the configuration again to a card that was restarted, and the
+        // guest still counts on the mode that it chose.
+        let mut choice = self.choice();
+        if let Some(region) = &extra {
+            match (choice.mode, ring::recall_mode(region)) {
+                (Some(mode), _) => ring::remember_mode(region, mode),
+                (None, Some(mode)) => self.set_mode(mode),
+                (None, None) => {}
+            }
+        }
+        choice.region = extra;
+        Ok(())
     }
 
     fn rings_stopped(&self) {
@@ -294,6 +324,11 @@ impl Device for BlockDevice {
 }
 
 impl BlockDevice {
+    fn choice(&self) -> MutexGuard<'_, Choice> {
+        let choice = self.state.choice.lock();
+        choice.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_mode(&self, mode: CacheMode) {
         let flag = &self.state.is_writeback;
         flag.store(mode.is_writeback, Ordering::Relaxed);

@@ -1,10 +1,12 @@
-//! The device's part of the in-flight region as the memory of the volume's delta ring.
+//! The device's part of the in-flight region as the memory of the volume's delta ring, and the one
+//! word in it that is the device's own: the cache mode that the driver chose.
 
 use std::sync::Arc;
 
 use offload::inflight::SharedRegion;
 
-use crate::volume::ring::RingMemory;
+use super::config::CacheMode;
+use crate::volume::ring::{DEVICE_WORD_AT, RingMemory};
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -42,6 +44,31 @@ impl RingMemory for RegionMemory {
         // Words out of range are dropped, as the trait has it.
         let _ = self.0.store_u64(at, word.to_le());
     }
+}
+
+const WRITETHROUGH: u64 = 1;
+const WRITEBACK: u64 = 2;
+
+/// Leaves the driver's choice for the next card process.
+pub fn remember_mode(region: &SharedRegion, mode: CacheMode) {
+    let word = if mode.is_writeback {
+        WRITEBACK
+    } else {
+        WRITETHROUGH
+    };
+    // A region always has room for it: it was checked to hold a ring.
+    let _ = region.store_u64(DEVICE_WORD_AT, word);
+}
+
+/// The choice that an earlier card process left, if the driver made one. The frontend can forge
+/// it; it could as well not pass the guest's flushes on.
+pub fn recall_mode(region: &SharedRegion) -> Option<CacheMode> {
+    let is_writeback = match region.load_u64(DEVICE_WORD_AT).ok()? {
+        WRITETHROUGH => false,
+        WRITEBACK => true,
+        _ => return None,
+    };
+    Some(CacheMode { is_writeback })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 //! 0     header copy 0, 128 bytes          header copy:   0  magic u64        36 reserved
 //! 128   header copy 1                                    8  version u32      40 session u32
 //! 256   tail offset u64                                  12 state u32        44 reserved
+//! 512   a word of the device's own
 //! 4096  records                                          16 volume id 16     48 tag
 //!                                                        32 change u32       64 sequence u64
 //! record, 48 bytes + 40 a delta, 8-byte aligned, does not wrap:
@@ -52,6 +53,8 @@ const VERSION: u32 = 1;
 const HEADER_LEN: usize = 128;
 const HEADER_TAG_AT: usize = 48;
 const TAIL_AT: usize = 256;
+/// Where a device may keep a word of its own beside the ring.
+pub const DEVICE_WORD_AT: usize = 512;
 const RECORDS_AT: usize = BLOCK_LEN;
 const RECORD_HEADER: usize = 48;
 const RECORD_TAG_AT: usize = 32;
