@@ -47,13 +47,7 @@ impl Lab {
     /// When it cannot be had.
     #[must_use]
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("offload-e2e-")
-            .tempdir()
-            .expect("a temporary folder");
-        let open = Permissions::from_mode(0o711);
-        std::fs::set_permissions(dir.path(), open).expect("it is ours");
-        let lab = Self { dir, seed: seed() };
+        let lab = Self::without_guest();
         let kernel = guest::kernel(&guest::cache_dir()).expect("Debian's cloud kernel");
         let stamper = std::fs::read(binary("stamper")).expect("the stamper");
         let libgcc = library("libgcc_s.so.1");
@@ -67,6 +61,22 @@ impl Lab {
         std::fs::write(lab.path("initrd"), archive).expect("room");
         std::os::unix::fs::symlink(&kernel.image, lab.path("vmlinuz")).expect("a link");
         lab
+    }
+
+    /// A new one for what needs no guest.
+    ///
+    /// # Panics
+    /// When it cannot be had.
+    #[must_use]
+    pub fn without_guest() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("offload-e2e-")
+            .tempdir()
+            .expect("a temporary folder");
+        // Like /run/offload: others may pass, not look.
+        let open = Permissions::from_mode(0o711);
+        std::fs::set_permissions(dir.path(), open).expect("it is ours");
+        Self { dir, seed: seed() }
     }
 
     /// A path in it.
