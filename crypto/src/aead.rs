@@ -223,10 +223,13 @@ impl fmt::Debug for AeadKey {
 }
 
 /// The nonce of sequence number `seq`: four zero bytes, then `seq` little-endian.
+///
+/// Made in one 16-byte value: written as four bytes and eight, it would be read back as eight and
+/// four, a load that waits until every store before it, such as the copy of the block to be
+/// sealed, has left the processor's store buffer. That was a third of the time of sealing.
 fn nonce(seq: u64) -> [u8; NONCE_LEN] {
-    let mut nonce = [0; NONCE_LEN];
-    nonce[4..].copy_from_slice(&seq.to_le_bytes());
-    nonce
+    let wide = (u128::from(seq) << 32).to_le_bytes();
+    *wide.first_chunk().expect("16 bytes hold 12")
 }
 
 /// The engines wipe on failure, each in its own way or not at all; here it is made certain.
