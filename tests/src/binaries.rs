@@ -2,7 +2,9 @@
 //!
 //! Cargo gives an integration test the path of its own package's binaries only, so the others are
 //! built here: with the profile of the test itself and into its target folder, which costs nothing
-//! if they are there. `OFFLOAD_BIN_DIR` names a folder of finished ones instead.
+//! if they are there. With `OFFLOAD_BINARIES_BUILT` they are taken to be there (`cargo test` on the
+//! whole workspace builds all binaries first, with features that a build of these alone would not
+//! share); `OFFLOAD_BIN_DIR` names another folder of finished ones.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,6 +30,9 @@ fn build() -> PathBuf {
     let me = std::env::current_exe().expect("a test knows its own path");
     // target/PROFILE/deps/test-0123
     let dir = me.ancestors().nth(2).expect("in a target folder");
+    if std::env::var_os("OFFLOAD_BINARIES_BUILT").is_some() {
+        return dir.to_owned();
+    }
     let target = dir.parent().expect("in a target folder");
     let profile = match dir.file_name().and_then(|name| name.to_str()) {
         Some("debug") => "dev",
