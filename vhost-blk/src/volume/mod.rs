@@ -24,6 +24,7 @@ mod ranges;
 pub mod recover;
 pub mod ring;
 pub mod sealing;
+mod slot_reader;
 mod space;
 pub mod superblock;
 pub mod tree;

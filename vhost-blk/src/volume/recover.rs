@@ -31,6 +31,7 @@ use super::log::{self, Delta, RECORD_BLOCKS_MAX, RecordPlace};
 use super::mutant::{self, Mutant};
 use super::page::{Page, PagePlace, TreeKind};
 use super::sealing::Keyring;
+use super::slot_reader::SlotReader;
 use super::superblock::{
     COPIES, COPY_LEN, Superblock, SuperblockError, VolumeId, session_context, volume_context,
 };
@@ -255,24 +256,25 @@ fn load(
     kind: TreeKind,
     root: Entry,
 ) -> io::Result<Tree> {
-    let mut buffer = Buffer::zeroed(1);
+    let mut reader = SlotReader::new(backing);
     Tree::load(kind, root, &mut |place: PagePlace, entry: &Entry| {
         let session = keyring.get(entry.session());
         let (Some(session), true) = (session, superblock.geometry.is_data_slot(entry.slot()))
         else {
             return Err(PageFault::Damaged);
         };
-        backing
-            .read_at(entry.slot().offset(), &mut buffer)
-            .map_err(PageFault::Io)?;
-        Page::open(&buffer, place, &superblock.id, session, entry).map_err(|_| PageFault::Damaged)
+        let stored = reader.read(entry.slot()).map_err(PageFault::Io)?;
+        Page::open(stored, place, &superblock.id, session, entry).map_err(|_| PageFault::Damaged)
     })
 }
 
 impl Recovered {
     /// Reads the records of the batch that would follow `self.end`. `None`: there is no complete
     /// one.
-    fn next_batch(&self, backing: &dyn Backing) -> io::Result<Option<(Vec<Delta>, LogPoint, u64)>> {
+    fn next_batch(
+        &self,
+        reader: &mut SlotReader<'_>,
+    ) -> io::Result<Option<(Vec<Delta>, LogPoint, u64)>> {
         let geometry = &self.superblock.geometry;
         let session_id = self.superblock.session;
         let Some(session) = self.keyring.get(session_id) else {
@@ -287,8 +289,8 @@ impl Recovered {
             let mut seen = 0;
             let mut wanted = 1;
             while seen < wanted && seen < room {
-                let block = buffer.block_mut(seen as usize);
-                backing.read_at(geometry.log_slot(at.position + seen).offset(), block)?;
+                let stored = reader.read(geometry.log_slot(at.position + seen))?;
+                buffer.block_mut(seen as usize).copy_from_slice(stored);
                 seen += 1;
                 if seen == 1 {
                     wanted = log::claimed_blocks(&buffer[..BLOCK_LEN]).unwrap_or(1);
@@ -317,12 +319,13 @@ impl Recovered {
     }
 
     fn replay(&mut self, backing: &dyn Backing) -> io::Result<()> {
-        let mut next = self.next_batch(backing)?;
+        let mut reader = SlotReader::new(backing);
+        let mut next = self.next_batch(&mut reader)?;
         while let Some((deltas, point, used)) = next {
             let before = (self.end, self.log_used);
             self.end = point;
             self.log_used += used;
-            next = self.next_batch(backing)?;
+            next = self.next_batch(&mut reader)?;
             let is_last = next.is_none();
             if is_last && !mutant::is(Mutant::SkipVerify) && !self.verify(backing, &deltas)? {
                 (self.end, self.log_used) = before;
@@ -339,20 +342,16 @@ impl Recovered {
 
     /// Whether the data of every delta authenticate.
     fn verify(&self, backing: &dyn Backing, deltas: &[Delta]) -> io::Result<bool> {
-        let mut buffer = Buffer::zeroed(1);
-        for delta in deltas {
-            if delta.entry.is_hole() {
-                continue;
-            }
+        let mut data: Vec<&Delta> = deltas.iter().filter(|d| !d.entry.is_hole()).collect();
+        data.sort_unstable_by_key(|delta| delta.entry.slot());
+        let mut reader = SlotReader::new(backing);
+        for delta in data {
             if !self.superblock.geometry.is_data_slot(delta.entry.slot()) {
                 return Ok(false);
             }
-            backing.read_at(delta.entry.slot().offset(), &mut buffer)?;
-            if self
-                .keyring
-                .open_block(delta.block, &delta.entry, &mut buffer)
-                .is_err()
-            {
+            let stored = reader.read(delta.entry.slot())?;
+            let opened = self.keyring.open_block(delta.block, &delta.entry, stored);
+            if opened.is_err() {
                 return Ok(false);
             }
         }

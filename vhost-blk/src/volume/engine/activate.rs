@@ -20,13 +20,14 @@ use crypto::keys::SessionKey;
 use crypto::session::Session;
 use thiserror::Error;
 
-use super::core::{Core, Phase};
+use super::core::{Core, PAGE_SLOTS_AHEAD, Phase};
 use crate::volume::backing::Backing;
-use crate::volume::buffer::Buffer;
 use crate::volume::entry::Entry;
 use crate::volume::geometry::FANOUT;
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::ring::{self, RingError, RingMemory, RingState, RingWriter};
+use crate::volume::space::Run;
+use crate::volume::slot_reader::SlotReader;
 use crate::volume::superblock::{KeyEntry, TABLE_MAX, session_context};
 
 /// Why a volume cannot be made writable.
@@ -88,7 +89,8 @@ impl Core {
     /// Makes the volume writable, or binds another ring to a volume that already is. Blocking.
     ///
     /// # Errors
-    /// See [`AttachError`]; nothing was changed then.
+    /// See [`AttachError`]. Nothing that counts was changed on the backing then; after an error of
+    /// the backing itself only a new process can try again.
     pub(super) fn attach(
         &mut self,
         backing: &dyn Backing,
@@ -199,16 +201,16 @@ impl Core {
         let mut winners: Vec<(u64, Entry)> = newest.into_iter().collect();
         winners.sort_unstable_by_key(|(_, entry)| entry.slot());
         // All are verified before anything changes.
-        let mut buffer = Buffer::zeroed(1);
+        let mut reader = SlotReader::new(backing);
         for (block, entry) in &winners {
             let is_possible =
                 self.geometry.is_data_slot(entry.slot()) && !self.space.is_used(entry.slot());
             if !is_possible || self.map.is_damaged(block / FANOUT) {
                 return Err(AttachError::RingMismatch(*block));
             }
-            backing.read_at(entry.slot().offset(), &mut buffer)?;
+            let stored = reader.read(entry.slot())?;
             self.keyring
-                .open_block(crate::volume::geometry::Block(*block), entry, &mut buffer)
+                .open_block(crate::volume::geometry::Block(*block), entry, stored)
                 .map_err(|_| AttachError::RingMismatch(*block))?;
         }
         for (block, entry) in winners {
@@ -240,9 +242,13 @@ impl Core {
             return Ok(());
         }
         let live = &self.live;
-        self.superblock
-            .table
-            .retain(|row| live.get(&row.id).is_some_and(|count| *count > 0));
+        if self.map.damaged().is_empty() && self.space_tree.damaged().is_empty() {
+            // Below a damaged page any session may be named: should the page come back, from a
+            // backup or a better disk, its blocks need their keys.
+            self.superblock
+                .table
+                .retain(|row| live.get(&row.id).is_some_and(|count| *count > 0));
+        }
         if self.superblock.table.len() >= TABLE_MAX {
             return Err(AttachError::TableFull);
         }
@@ -282,20 +288,56 @@ impl Core {
         is_clean: bool,
         sequence: &mut dyn FnMut() -> u64,
     ) -> Result<(), AttachError> {
-        while self.space.page_slots() < self.page_slots_needed() + 64 {
-            let run = self.space.take_run().ok_or(AttachError::Full)?;
+        self.find_room_for_pages(backing)?;
+        let written = self.write_checkpoint(backing, is_clean, sequence);
+        if written.is_err() {
+            // The trees in memory count as written now, so another attempt would name pages that
+            // are not there.
+            self.checkpoint = None;
+            self.poison();
+        }
+        written
+    }
+
+    fn find_room_for_pages(&mut self, backing: &dyn Backing) -> Result<(), AttachError> {
+        let mut refused = Vec::new();
+        let needed = self.page_slots_needed(0, 0);
+        let mut outcome = Ok(());
+        while self.space.page_slots() < needed + PAGE_SLOTS_AHEAD {
+            let Some(run) = self.space.take_run() else {
+                outcome = outcome.and(Err(AttachError::Full));
+                break;
+            };
             let first = crate::volume::geometry::Slot(run.start).offset();
             let len = run.len * crate::volume::geometry::BLOCK_LEN as u64;
-            if let Err(error) = backing.allocate(first, len) {
-                run.slots().for_each(|slot| self.space.free_now(slot));
-                self.backing_full = true;
-                if self.space.page_slots() >= self.page_slots_needed() {
-                    break;
+            match backing.allocate(first, len) {
+                Ok(()) => self.space.add_page_slots(run),
+                Err(error) => {
+                    // Another run may have its room from before a crash.
+                    refused.push(run);
+                    self.backing_full = true;
+                    outcome = Err(AttachError::NoRoom(error));
+                    if self.space.page_slots() >= needed {
+                        break;
+                    }
                 }
-                return Err(AttachError::NoRoom(error));
             }
-            self.space.add_page_slots(run);
         }
+        for slot in refused.into_iter().flat_map(Run::slots) {
+            self.space.free_now(slot);
+        }
+        if self.space.page_slots() >= needed {
+            return Ok(());
+        }
+        outcome
+    }
+
+    fn write_checkpoint(
+        &mut self,
+        backing: &dyn Backing,
+        is_clean: bool,
+        sequence: &mut dyn FnMut() -> u64,
+    ) -> Result<(), AttachError> {
         let pages = self
             .begin_checkpoint(is_clean, sequence)
             .ok_or(AttachError::Full)?;
