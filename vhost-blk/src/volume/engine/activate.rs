@@ -26,8 +26,8 @@ use crate::volume::entry::Entry;
 use crate::volume::geometry::FANOUT;
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::ring::{self, RingError, RingMemory, RingState, RingWriter};
-use crate::volume::space::Run;
 use crate::volume::slot_reader::SlotReader;
+use crate::volume::space::Run;
 use crate::volume::superblock::{KeyEntry, TABLE_MAX, session_context};
 
 /// Why a volume cannot be made writable.

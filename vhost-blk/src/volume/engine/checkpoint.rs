@@ -67,7 +67,7 @@ impl Core {
         sequence: &mut dyn FnMut() -> u64,
     ) -> Option<Vec<JobWrite>> {
         let (session_id, session) = self.session.clone()?;
-        if self.space.page_slots() < self.page_slots_needed() {
+        if self.space.page_slots() < self.page_slots_taken() {
             return None;
         }
         self.wants_checkpoint = false;
@@ -186,6 +186,8 @@ impl Core {
             }
         }
         self.log_used -= log_blocks;
+        self.backing_full = false;
+        self.page_goal = 0;
         let copy = 1 - superblock.generation % 2;
         self.superblock = superblock;
         self.feed_starved();

@@ -14,7 +14,7 @@
 use super::core::{Core, Deltas, Event};
 use super::{Failure, JobWrite};
 use crate::volume::buffer::Buffer;
-use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT};
+use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
 use crate::volume::log::{self, Delta, RECORD_DELTAS_MAX, RecordPlace};
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::ranges::Ticket;
@@ -29,6 +29,8 @@ pub(super) struct Commit {
     end: LogPoint,
     blocks: u64,
     ring: Option<Mark>,
+    /// Slots that only ring records before `ring` name.
+    pub(super) ring_only: Vec<Slot>,
 }
 
 impl Core {
@@ -110,6 +112,7 @@ impl Core {
             end,
             blocks,
             ring: self.ring.as_ref().map(|ring| ring.mark()),
+            ring_only: std::mem::take(&mut self.ring_only),
         });
         Some(writes)
     }
@@ -144,8 +147,11 @@ impl Core {
         if let (Some(ring), Some(mark)) = (&mut self.ring, commit.ring) {
             ring.release(mark);
         }
+        freed.extend(commit.ring_only);
         self.space.retire(freed, false);
         self.space.retire(discarded, true);
+        // What was freed may do for pages, and somebody may have made room on the file system.
+        self.backing_full = false;
         for (lane, task) in commit.waiters {
             self.tell(lane, Event::Committed(task, Ok(())));
         }

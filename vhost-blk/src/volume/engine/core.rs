@@ -22,6 +22,7 @@ use super::commit::Commit;
 use super::{Failure, WakeLane};
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{Block, FANOUT, Geometry, Slot};
+use crate::volume::log::{RECORD_BLOCKS_MAX, RECORD_DELTAS_MAX};
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::ranges::{Held, Ranges, Ticket};
 use crate::volume::recover::{LogPoint, Recovered};
@@ -95,15 +96,25 @@ pub struct Core {
     pub(super) is_mirroring: bool,
     pub(super) ring: Option<RingWriter>,
     pub(super) ring_pressure: bool,
+    /// Slots that only records of the delta ring name: of writes that a discard undid, or a write
+    /// that the ring had no room for. A kill now would bring them back, so they stay as they are
+    /// until a commit has released those records.
+    pub(super) ring_only: Vec<Slot>,
     pub(super) ranges: Ranges,
     pub(super) inboxes: Vec<Inbox>,
+    /// Inboxes of lanes that are gone, for new ones.
+    pub(super) idle_inboxes: Vec<u16>,
     /// Lanes with stalled pieces.
     pub(super) starved: Vec<u16>,
     /// A run of slots for pages is being allocated in the backing.
     pub(super) growing: bool,
+    /// Page slots that a piece waits for.
+    pub(super) page_goal: usize,
     /// The backing gave no room for pages.
     pub(super) backing_full: bool,
     pub(super) can_punch: bool,
+    /// Punches under way: their slots are free afterwards.
+    pub(super) punches: usize,
     pub(super) live: HashMap<u16, i64>,
     /// Leaves that writes were admitted to since the last checkpoint began.
     pub(super) touched: HashSet<u64, foldhash::fast::RandomState>,
@@ -112,6 +123,9 @@ pub struct Core {
     /// Blocks admitted and not yet published.
     pub(super) landing: usize,
 }
+
+/// Page slots that are got before they are needed.
+pub(super) const PAGE_SLOTS_AHEAD: usize = 64;
 
 /// Deltas that are acknowledged and not committed, at most.
 pub(super) const OPEN_MAX: usize = 65_536;
@@ -153,12 +167,16 @@ impl Core {
             is_mirroring: false,
             ring: None,
             ring_pressure: false,
+            ring_only: Vec::new(),
             ranges: Ranges::default(),
             inboxes: Vec::new(),
+            idle_inboxes: Vec::new(),
             starved: Vec::new(),
             growing: false,
+            page_goal: 0,
             backing_full: false,
             can_punch: true,
+            punches: 0,
             live: HashMap::new(),
             touched: HashSet::default(),
             touched_before: 0,
@@ -177,8 +195,24 @@ impl Core {
             map,
             space_tree,
             live,
+            geometry,
             ..
         } = self;
+        if !space_tree.damaged().is_empty() {
+            // What a damaged bitmap said stands in the map too. Without this the next checkpoint
+            // would write an authentic one that has data slots as free.
+            let slots = map.leaves().flat_map(|(_, page)| {
+                (0..FANOUT).filter_map(|field| {
+                    let entry = page.entry(field);
+                    (!entry.is_hole()).then_some(entry.slot())
+                })
+            });
+            for slot in slots.filter(|slot| geometry.is_data_slot(*slot)) {
+                if space_tree.is_damaged(slot.chunk() / FANOUT) {
+                    space_tree.set_used(slot, true);
+                }
+            }
+        }
         for (leaf, page) in space_tree.leaves() {
             for field in 0..FANOUT {
                 let first = (leaf * FANOUT + field) * crate::volume::geometry::CHUNK_SLOTS;
@@ -244,19 +278,34 @@ impl Core {
     }
 
     /// Makes `entry` what `block` reads as, unless a later write of the same session already is.
-    pub(super) fn publish(&mut self, block: Block, entry: Entry) {
+    /// `is_in_ring`: the delta ring holds it.
+    pub(super) fn publish(&mut self, block: Block, entry: Entry, is_in_ring: bool) {
         let current = self.entry(block.0).unwrap_or(Entry::HOLE);
         if !entry.is_hole()
             && current.session() == entry.session()
             && current.sequence() > entry.sequence()
         {
-            self.space.free_now(entry.slot());
+            // The ring may hold this one and not the later one.
+            if is_in_ring && self.open.contains_key(&block.0) {
+                self.ring_only.push(entry.slot());
+            } else if is_in_ring
+                && self.sealed.contains_key(&block.0)
+                && let Some(commit) = &mut self.commit
+            {
+                commit.ring_only.push(entry.slot());
+            } else {
+                self.space.free_now(entry.slot());
+            }
             return;
         }
         if let Some(never_committed) = self.open.insert(block.0, entry)
             && !never_committed.is_hole()
         {
-            self.space.retire(vec![never_committed.slot()], false);
+            if is_in_ring || self.ring.is_none() {
+                self.space.retire(vec![never_committed.slot()], false);
+            } else {
+                self.ring_only.push(never_committed.slot());
+            }
         } else if mutant::is(Mutant::EarlyFree)
             && let Some(old) = self.committed(block.0)
             && !old.is_hole()
@@ -276,20 +325,40 @@ impl Core {
         }
     }
 
-    /// Whether new deltas have to wait for a commit.
-    pub(super) fn is_crowded(&self) -> bool {
-        self.open.len() >= OPEN_MAX
+    /// Deltas that may gather for a commit: never more than an empty log can take.
+    fn open_max(&self) -> usize {
+        let records = self.geometry.log_blocks() / RECORD_BLOCKS_MAX;
+        OPEN_MAX.min(records as usize * RECORD_DELTAS_MAX)
     }
 
-    /// Page slots that a checkpoint of everything changed so far could take.
-    pub(super) fn page_slots_needed(&self) -> usize {
+    /// Whether `count` new deltas have to wait for a commit.
+    pub(super) fn is_crowded(&self, count: usize) -> bool {
+        self.open.len() + self.landing + count > self.open_max()
+    }
+
+    /// Page slots that a checkpoint of what is committed takes at most.
+    pub(super) fn page_slots_taken(&self) -> usize {
+        self.pages(self.map.dirty_leaves(), self.space_tree.dirty_leaves())
+    }
+
+    /// Page slots that a checkpoint takes at most once everything admitted so far is committed,
+    /// and `blocks` more changed blocks in `leaves` leaves besides.
+    pub(super) fn page_slots_needed(&self, leaves: usize, blocks: usize) -> usize {
         let changed = self
             .map
             .dirty_leaves()
             .max(self.touched.len() + self.touched_before);
+        // Each block leaves a slot and takes one, anywhere: two bitmaps.
+        let uncommitted = self.open.len() + self.sealed.len() + self.landing + blocks;
+        let bitmaps = self.space_tree.dirty_leaves() + 2 * uncommitted;
+        self.pages(changed + leaves, bitmaps) + 16
+    }
+
+    /// Pages that change at most with so many leaves of each tree.
+    fn pages(&self, map_leaves: usize, space_leaves: usize) -> usize {
         let leaves = self.geometry.blocks.div_ceil(FANOUT) as usize;
-        let space_leaves = self.geometry.chunks.div_ceil(FANOUT) as usize;
-        let tree = |mut level: usize, levels: usize| {
+        let bitmaps = self.geometry.chunks.div_ceil(FANOUT) as usize;
+        let tree = |changed: usize, mut level: usize, levels: usize| {
             let mut pages = 0;
             for _ in 0..levels {
                 pages += level.min(changed);
@@ -297,9 +366,8 @@ impl Core {
             }
             pages
         };
-        tree(leaves, crate::volume::geometry::MAP_LEVELS)
-            + tree(space_leaves, crate::volume::geometry::SPACE_LEVELS)
-            + 16
+        tree(map_leaves, leaves, crate::volume::geometry::MAP_LEVELS)
+            + tree(space_leaves, bitmaps, crate::volume::geometry::SPACE_LEVELS)
     }
 
     /// Takes a run for data.
@@ -314,6 +382,8 @@ impl Core {
                 || self.commit.is_some()
                 || self.checkpoint.is_some()
                 || self.growing
+                || self.landing > 0
+                || self.punches > 0
                 || self.space.has_limbo())
     }
 
@@ -324,7 +394,7 @@ impl Core {
             && self.phase == Phase::Serving
             && !self.open.is_empty()
             && (!self.flush_waiters.is_empty()
-                || self.open.len() >= OPEN_MAX / 2
+                || self.open.len() >= self.open_max() / 2
                 || self.ring_pressure
                 || !self.starved.is_empty())
     }
@@ -343,7 +413,10 @@ impl Core {
         !self.growing
             && !self.backing_full
             && self.phase == Phase::Serving
-            && self.space.page_slots() < self.page_slots_needed() + 64
+            && self.space.page_slots()
+                < self
+                    .page_goal
+                    .max(self.page_slots_needed(0, 0) + PAGE_SLOTS_AHEAD)
     }
 
     /// Tells a lane something.

@@ -85,11 +85,16 @@ impl Shared {
 
 impl Core {
     pub(super) fn add_inbox(&mut self, wake: WakeLane) -> u16 {
-        self.inboxes.push(Inbox {
+        let inbox = Inbox {
             events: Default::default(),
             wake,
             is_awake: false,
-        });
+        };
+        if let Some(id) = self.idle_inboxes.pop() {
+            self.inboxes[usize::from(id)] = inbox;
+            return id;
+        }
+        self.inboxes.push(inbox);
         (self.inboxes.len() - 1) as u16
     }
 

@@ -13,6 +13,7 @@ mod world;
 
 mod attack_tests;
 mod crash_tests;
+mod fault_tests;
 
 use std::cell::RefCell;
 

@@ -56,7 +56,11 @@ pub(super) struct SimRing(Mutex<Vec<u8>>);
 impl SimRing {
     pub(super) fn new() -> Arc<Self> {
         // Small, so that it fills and wraps.
-        Arc::new(Self(Mutex::new(vec![0; 8 * 1024])))
+        Self::sized(8 * 1024)
+    }
+
+    pub(super) fn sized(len: usize) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(vec![0; len])))
     }
 }
 

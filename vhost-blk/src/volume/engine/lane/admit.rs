@@ -8,7 +8,7 @@ use crate::volume::engine::Failure;
 use crate::volume::engine::core::{Core, Event, SEQUENCE_LIMIT};
 use crate::volume::engine::request::Payload;
 use crate::volume::entry::Entry;
-use crate::volume::geometry::{BLOCK_LEN, Block, Slot};
+use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
 use crate::volume::ranges::Held;
 use crate::volume::space::Run;
 
@@ -31,20 +31,22 @@ impl Core {
         });
     }
 
-    /// Whether a write of `count` blocks may begin.
-    fn hurdle(&self, count: u64, sequence: u64) -> Option<Hurdle> {
+    /// Whether a change of `blocks` blocks in `leaves` leaves may begin.
+    fn hurdle(&mut self, leaves: usize, blocks: usize, sequence: u64) -> Option<Hurdle> {
         if let Some(failure) = self.refuses_writes() {
             return Some(Hurdle::Fail(failure));
         }
-        if sequence + count > SEQUENCE_LIMIT {
+        if sequence + blocks as u64 > SEQUENCE_LIMIT {
             return Some(Hurdle::Fail(Failure::NoncesUsedUp));
         }
-        if self.is_crowded() {
+        if self.is_crowded(blocks) {
             return Some(Hurdle::Stall);
         }
-        if self.space.page_slots() < self.page_slots_needed() + 16 {
+        let needed = self.page_slots_needed(leaves, blocks);
+        if self.space.page_slots() < needed {
             // A checkpoint must never need room that the backing has not given yet.
-            let may_come = self.growing || self.wants_page_slots() || self.checkpoint.is_some();
+            self.page_goal = self.page_goal.max(needed);
+            let may_come = self.wants_page_slots() || self.may_find_room();
             return Some(if may_come {
                 Hurdle::Stall
             } else {
@@ -114,8 +116,18 @@ impl<P: Payload> Lane<P> {
     }
 
     fn admit_write(&mut self, core: &mut Core, key: u32) {
-        let count = self.pieces[key as usize].count;
-        match core.hurdle(count, self.shared.sequence_now()) {
+        let piece = &self.pieces[key as usize];
+        let (first, end) = (piece.first, piece.first + piece.count);
+        let blocks = match piece.kind {
+            // Holes that become holes change nothing.
+            PieceKind::Erase => (first..end).filter(|block| core.is_mapped(*block)).count(),
+            _ => piece.count as usize,
+        };
+        let leaves = match blocks {
+            0 => 0,
+            _ => (first / FANOUT..=(end - 1) / FANOUT).count(),
+        };
+        match core.hurdle(leaves, blocks, self.shared.sequence_now()) {
             Some(Hurdle::Stall) => return self.stall(core, key),
             Some(Hurdle::Fail(failure)) => return self.fail_piece(key, failure),
             None => {}
@@ -235,7 +247,7 @@ impl<P: Payload> Lane<P> {
             match core.entry(block) {
                 Some(entry) if !entry.is_hole() => {
                     touched = Some(touched.map_or((block, block), |(low, _)| (low, block)));
-                    core.publish(Block(block), Entry::HOLE);
+                    core.publish(Block(block), Entry::HOLE, false);
                 }
                 Some(_) => {}
                 None => {
@@ -260,6 +272,7 @@ impl<P: Payload> Lane<P> {
         }
         for run in Run::group(discarded) {
             if core.can_punch {
+                core.punches += 1;
                 self.emit_punch(run);
             } else {
                 run.slots().for_each(|slot| core.space.free_now(slot));
@@ -269,8 +282,12 @@ impl<P: Payload> Lane<P> {
 }
 
 impl Core {
+    fn is_mapped(&self, block: u64) -> bool {
+        self.entry(block).is_some_and(|entry| !entry.is_hole())
+    }
+
     fn is_leaf_damaged(&self, block: u64) -> bool {
-        self.map.is_damaged(block / crate::volume::geometry::FANOUT)
+        self.map.is_damaged(block / FANOUT)
     }
 }
 

@@ -221,6 +221,7 @@ impl<P: Payload> Lane<P> {
             });
             self.wants_lock = true;
         }
+        let buffer = self.fitted(buffer);
         let offset = Slot(start).offset();
         self.emit(
             FlightKind::Write(members),
@@ -230,6 +231,19 @@ impl<P: Payload> Lane<P> {
                 buffer,
             },
         );
+    }
+
+    /// Staging buffers are as large as any. What is short leaves in a buffer of its own size: on
+    /// fragmented space hundreds of one-block writes are under way, and 256 KiB for each would
+    /// outgrow the pool and be allocated, and zeroed, anew.
+    fn fitted(&mut self, buffer: Buffer) -> Buffer {
+        if buffer.blocks() * 4 > buffer.capacity_blocks() {
+            return buffer;
+        }
+        let mut small = self.pool.take(buffer.blocks());
+        small.copy_from_slice(&buffer);
+        self.pool.give(buffer);
+        small
     }
 
     /// The result of an operation: bytes moved, or the negated errno, as io_uring gives it.
@@ -353,15 +367,18 @@ impl<P: Payload> Lane<P> {
 
     /// Publishes what has landed: from here on it is what reads see, and it is acknowledged.
     pub(super) fn publish_landed(&mut self, core: &mut Core) {
+        let had_landed = !self.landed.is_empty();
+        let mut has_failed = false;
         for Landed { members, result } in std::mem::take(&mut self.landed) {
-            if result.is_ok() {
-                self.append_to_ring(core, &members);
-            }
+            has_failed |= result.is_err();
+            let is_in_ring = result.is_ok() && self.append_to_ring(core, &members);
             for member in members {
                 core.landing = core.landing.saturating_sub(1);
                 let is_placeholder = member.entry.is_hole();
                 match result {
-                    Ok(()) if !is_placeholder => core.publish(member.block, member.entry),
+                    Ok(()) if !is_placeholder => {
+                        core.publish(member.block, member.entry, is_in_ring);
+                    }
                     Err(failure) if !is_placeholder => {
                         core.space.free_now(member.entry.slot());
                         self.pieces[member.piece as usize].failure = Some(failure);
@@ -375,23 +392,30 @@ impl<P: Payload> Lane<P> {
                 }
             }
         }
+        if had_landed && (has_failed || core.open.is_empty()) {
+            // Who waits for these to be committed waits for nothing.
+            core.feed_starved();
+        }
     }
 
-    fn append_to_ring(&mut self, core: &mut Core, members: &[Member]) {
+    /// Whether the delta ring holds them now.
+    fn append_to_ring(&mut self, core: &mut Core, members: &[Member]) -> bool {
         let batch = core.next_batch;
         let Some((_, session)) = core.session.clone() else {
-            return;
+            return false;
         };
-        let Some(ring) = &mut core.ring else { return };
+        let Some(ring) = &mut core.ring else {
+            return false;
+        };
         let real = members.iter().filter(|member| !member.entry.is_hole());
         let deltas: smallvec::SmallVec<[(Block, Entry); 64]> =
             real.map(|member| (member.block, member.entry)).collect();
         if deltas.is_empty() {
-            return;
+            return false;
         }
         let sequence = self.shared.take_sequences(1);
         if ring.append(batch, &mut deltas.iter().copied(), &session, sequence) {
-            return;
+            return true;
         }
         // The ring is full: these are acknowledged only when they are durable.
         core.ring_pressure = true;
@@ -401,13 +425,17 @@ impl<P: Payload> Lane<P> {
                 task.wants_commit = true;
             }
         }
+        false
     }
 
     fn punched(&mut self, run: Run, outcome: Result<(), i32>) {
+        let mut core = self.shared.lock();
+        core.punches -= 1;
         if outcome.is_err() {
             // Not every backing can: the slots are free all the same.
-            self.shared.lock().can_punch = false;
+            core.can_punch = false;
         }
+        drop(core);
         self.unused.extend(run.slots());
     }
 }

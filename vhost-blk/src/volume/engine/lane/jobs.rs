@@ -69,7 +69,11 @@ impl<P: Payload> Lane<P> {
                     let (offset, len) = (Slot(run.start).offset(), run.len * BLOCK_LEN as u64);
                     self.emit(FlightKind::Grow(run), IoKind::Allocate { offset, len });
                 }
-                None => core.backing_full = true,
+                None => {
+                    core.backing_full = true;
+                    // Nothing is under way that would tell those who wait for it.
+                    core.feed_starved();
+                }
             }
         }
     }
@@ -187,8 +191,10 @@ impl<P: Payload> Lane<P> {
             .shared
             .lock()
             .seal_superblock(&mut || self.shared.take_sequences(1));
-        if let Some(write) = write {
-            self.emit_job_write(JobKind::Checkpoint, write);
+        match write {
+            Some(write) => self.emit_job_write(JobKind::Checkpoint, write),
+            // A commit failed meanwhile: nothing more is written.
+            None => drop(self.jobs.remove(index)),
         }
     }
 

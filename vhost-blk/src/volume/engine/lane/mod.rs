@@ -36,6 +36,8 @@ use crate::volume::space::Run;
 const BUDGET_BYTES: usize = 8 << 20;
 /// Blocks of a discard that are looked at under one lock.
 const ERASE_BLOCKS: u64 = 1024;
+/// Bytes of the budget for such a piece.
+const ERASE_COST: usize = 64 << 10;
 
 struct Task<P> {
     payload: P,
@@ -84,6 +86,17 @@ struct Piece {
     failure: Option<Failure>,
 }
 
+impl Piece {
+    /// Bytes of the budget that it takes. One that erases has no buffer; what it costs bounds how
+    /// many a guest's discard of everything makes at a time.
+    const fn cost(&self) -> usize {
+        match self.kind {
+            PieceKind::Erase => ERASE_COST,
+            _ => self.count as usize * BLOCK_LEN,
+        }
+    }
+}
+
 /// A stretch of consecutive slots to read.
 struct ReadPlan {
     piece: u32,
@@ -127,6 +140,20 @@ pub struct Lane<P> {
     out: VecDeque<Io>,
     done: VecDeque<Done<P>>,
     wants_lock: bool,
+}
+
+/// The lane's unused slots and its inbox are for others. Slots of writes that are still under way
+/// stay taken until the volume is opened again: the kernel may write to them yet.
+impl<P> Drop for Lane<P> {
+    fn drop(&mut self) {
+        let mut core = self.shared.lock();
+        for slot in self.run.slots() {
+            core.space.free_now(slot);
+        }
+        if self.tasks.is_empty() && self.flights.is_empty() && self.jobs.is_empty() {
+            core.idle_inboxes.push(self.id);
+        }
+    }
 }
 
 impl<P: Payload> Lane<P> {
@@ -255,6 +282,12 @@ impl<P: Payload> Lane<P> {
         self.tasks() == 0 && self.flights.is_empty() && self.jobs.is_empty() && self.out.is_empty()
     }
 
+    /// The most pieces that there were at a time.
+    #[cfg(test)]
+    pub(crate) fn peak_pieces(&self) -> usize {
+        self.pieces.capacity()
+    }
+
     /// Cuts tasks into pieces while there is room for their bytes.
     fn issue(&mut self) {
         while let Some(key) = self.unissued.front().copied() {
@@ -279,9 +312,7 @@ impl<P: Payload> Lane<P> {
                 continue;
             };
             task.pieces += 1;
-            if piece.kind != PieceKind::Erase {
-                self.buffered += piece.count as usize * BLOCK_LEN;
-            }
+            self.buffered += piece.cost();
             let piece = self.pieces.insert(piece) as u32;
             self.admit.push_back(piece);
         }
@@ -312,9 +343,7 @@ impl<P: Payload> Lane<P> {
     fn finish_piece(&mut self, key: u32) {
         let piece = self.pieces.remove(key as usize);
         debug_assert!(piece.held.is_none());
-        if piece.kind != PieceKind::Erase {
-            self.buffered -= piece.count as usize * BLOCK_LEN;
-        }
+        self.buffered -= piece.cost();
         if let Some(buffer) = piece.merged {
             self.pool.give(buffer);
         }
@@ -341,6 +370,9 @@ impl<P: Payload> Lane<P> {
         self.publish_landed(&mut core);
         for epoch in self.ended.drain(..) {
             core.space.end_read(epoch);
+        }
+        if !self.unused.is_empty() {
+            core.feed_starved();
         }
         for slot in self.unused.drain(..) {
             core.space.free_now(slot);

@@ -1,0 +1,529 @@
+//! What happens when the backing fails, fills up or answers late: one test a case, and seeded
+//! lives on a disk that does all of it.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::io;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+use crypto::slot::Argon2Params;
+
+use super::disk::SimDisk;
+use super::world::{Quiet, SimRing, material, small_geometry};
+use crate::volume::backing::Backing;
+use crate::volume::create::create;
+use crate::volume::engine::{
+    AttachError, Done, Failure, Io, IoKind, Lane, Op, Payload, PayloadFault, Phase, Volume,
+    VolumeError,
+};
+use crate::volume::entry::Entry;
+use crate::volume::geometry::{BLOCK_LEN, CHUNK_SLOTS, FANOUT, Geometry, Slot};
+use crate::volume::recover::recover;
+use crate::volume::ring::{self, RingMemory};
+
+const EIO: i32 = 5;
+
+#[derive(Clone)]
+struct Bytes(Rc<RefCell<Vec<u8>>>);
+
+impl Payload for Bytes {
+    fn load(&mut self, at: usize, into: &mut [u8]) -> Result<(), PayloadFault> {
+        let bytes = self.0.borrow();
+        into.copy_from_slice(bytes.get(at..at + into.len()).ok_or(PayloadFault)?);
+        Ok(())
+    }
+    fn store(&mut self, at: usize, from: &[u8]) -> Result<(), PayloadFault> {
+        let mut bytes = self.0.borrow_mut();
+        let place = bytes.get_mut(at..at + from.len()).ok_or(PayloadFault)?;
+        place.copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// A volume whose operations land when the test says so.
+struct Rig {
+    disk: Arc<SimDisk>,
+    volume: Volume,
+    lanes: Vec<Lane<Bytes>>,
+    held: Vec<(usize, Io)>,
+    done: Vec<Result<(), Failure>>,
+}
+
+fn volume_on(geometry: Geometry) -> Arc<SimDisk> {
+    let disk = Arc::new(SimDisk::new(geometry.backing_len()));
+    create(
+        &*disk,
+        geometry,
+        &material(),
+        Argon2Params::fast_for_tests(),
+    )
+    .expect("creates");
+    disk
+}
+
+fn fresh_ring(disk: &SimDisk, len: usize) -> Arc<SimRing> {
+    let id = recover(disk, &material()).expect("opens").superblock.id;
+    let ring = SimRing::sized(len);
+    ring::format_fresh(&*ring, &id).expect("large enough");
+    ring
+}
+
+fn open(disk: &Arc<SimDisk>) -> Volume {
+    let recovered = recover(&**disk, &material()).expect("opens");
+    let backing: Arc<dyn Backing> = disk.clone();
+    Volume::new(recovered, backing, Box::new(Quiet))
+}
+
+impl Rig {
+    fn serve(disk: &Arc<SimDisk>, ring: Option<Arc<SimRing>>, lanes: usize) -> Self {
+        let volume = open(disk);
+        volume
+            .attach(ring.map(|ring| ring as Arc<dyn RingMemory>))
+            .expect("attaches");
+        let lanes = (0..lanes)
+            .map(|_| Lane::new(Arc::clone(volume.shared()), Arc::new(|| {})))
+            .collect();
+        Self {
+            disk: Arc::clone(disk),
+            volume,
+            lanes,
+            held: Vec::new(),
+            done: Vec::new(),
+        }
+    }
+
+    fn submit(&mut self, lane: usize, op: Op) {
+        let len = match op {
+            Op::Read { len, .. } | Op::Write { len, .. } => len as usize,
+            _ => 0,
+        };
+        let byte = (self.done.len() % 251) as u8;
+        self.lanes[lane].submit(op, Bytes(Rc::new(RefCell::new(vec![byte; len]))));
+    }
+
+    fn turn(&mut self) {
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            lane.on_wake();
+            lane.turn();
+            while let Some(io) = lane.next_io() {
+                self.held.push((index, io));
+            }
+            while let Some(Done { result, .. }) = lane.next_done() {
+                self.done.push(result);
+            }
+        }
+    }
+
+    /// Lets one operation end: done, or as `error`.
+    fn land(&mut self, index: usize, error: Option<i32>) {
+        let (lane, mut io) = self.held.remove(index);
+        let moved = match (&mut io.kind, error) {
+            (_, Some(errno)) => -errno,
+            (
+                IoKind::Read {
+                    offset,
+                    skip,
+                    buffer,
+                },
+                None,
+            ) => {
+                let part = &mut buffer[*skip..];
+                self.disk.read_at(*offset, part).expect("reads");
+                part.len() as i32
+            }
+            (
+                IoKind::Write {
+                    offset,
+                    skip,
+                    buffer,
+                },
+                None,
+            ) => {
+                let part = &buffer[*skip..];
+                self.disk.write_at(*offset, part).expect("writes");
+                part.len() as i32
+            }
+            (IoKind::Sync, None) => {
+                self.disk.sync().expect("syncs");
+                0
+            }
+            (IoKind::Punch { offset, len }, None) => {
+                self.disk.punch(*offset, *len).expect("punches");
+                0
+            }
+            (IoKind::Allocate { .. }, None) => 0,
+        };
+        self.lanes[lane].on_io(io.id, moved, io.kind.into_buffer());
+    }
+
+    /// Goes on until nothing moves that `holds` does not hold back.
+    fn run(&mut self, holds: impl Fn(&IoKind) -> bool) {
+        for _ in 0..100_000 {
+            self.turn();
+            let next = self.held.iter().position(|(_, io)| !holds(&io.kind));
+            match next {
+                Some(index) => self.land(index, None),
+                None => return,
+            }
+        }
+        panic!("it never comes to rest");
+    }
+
+    fn is_idle(&self) -> bool {
+        self.held.is_empty() && self.lanes.iter().all(Lane::is_idle)
+    }
+
+    fn write(&mut self, lane: usize, first: u64, count: u64) {
+        self.submit(
+            lane,
+            Op::Write {
+                offset: first * BLOCK_LEN as u64,
+                len: count * BLOCK_LEN as u64,
+                durable: false,
+            },
+        );
+    }
+
+    fn log(&self) -> std::ops::Range<u64> {
+        let geometry = recover(&*self.disk, &material())
+            .expect("opens")
+            .superblock
+            .geometry;
+        let first = geometry.log_slot(0).offset();
+        first..first + geometry.log_blocks() * BLOCK_LEN as u64
+    }
+}
+
+fn is_log(log: &std::ops::Range<u64>, kind: &IoKind) -> bool {
+    matches!(kind, IoKind::Write { offset, .. } if log.contains(offset))
+}
+
+#[test]
+fn slots_that_the_delta_ring_names_are_not_reused_before_a_discard_is_committed() {
+    let disk = volume_on(small_geometry());
+    let ring = fresh_ring(&disk, 1 << 20);
+    let mut rig = Rig::serve(&disk, Some(ring.clone()), 1);
+    let log = rig.log();
+    rig.write(0, 1, 1);
+    rig.run(|_| false);
+    // The commit of the discard is under way, no further.
+    rig.submit(
+        0,
+        Op::Discard {
+            offset: 4096,
+            len: 4096,
+        },
+    );
+    rig.run(|kind| is_log(&log, kind));
+    assert_eq!(rig.held.len(), 1);
+    // Much is written meanwhile: every free slot comes into use once.
+    for _ in 0..60 {
+        rig.write(0, 100, 64);
+        rig.run(|kind| is_log(&log, kind));
+    }
+    drop(rig);
+    disk.sync().expect("syncs");
+    // Killed here. The guest's region still has the write of block 1.
+    open(&disk).attach(Some(ring)).expect("the ring fits");
+}
+
+#[test]
+fn slots_that_the_delta_ring_names_are_not_reused_after_a_write_that_it_had_no_room_for() {
+    let disk = volume_on(Geometry {
+        chunks: 2 + 1 + 3,
+        ..small_geometry()
+    });
+    let ring = fresh_ring(&disk, 8 << 10);
+    let mut rig = Rig::serve(&disk, Some(ring.clone()), 1);
+    let log = rig.log();
+    // The first fits into the ring, the others do not: commits stand still.
+    rig.write(0, 100, 64);
+    rig.run(|_| false);
+    for _ in 0..60 {
+        rig.write(0, 100, 64);
+        rig.run(|kind| is_log(&log, kind));
+    }
+    drop(rig);
+    disk.sync().expect("syncs");
+    open(&disk).attach(Some(ring)).expect("the ring fits");
+}
+
+/// A backing that fails when told to.
+struct Faulty {
+    disk: Arc<SimDisk>,
+    /// Writes that still succeed.
+    writes_left: Mutex<Option<u32>>,
+    fails_sync: Mutex<bool>,
+}
+
+impl Faulty {
+    fn over(disk: &Arc<SimDisk>) -> Arc<Self> {
+        Arc::new(Self {
+            disk: Arc::clone(disk),
+            writes_left: Mutex::new(None),
+            fails_sync: Mutex::new(false),
+        })
+    }
+}
+
+impl Backing for Faulty {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.disk.read_at(offset, into)
+    }
+    fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        match &mut *self.writes_left.lock().expect("no panic under it") {
+            Some(0) => return Err(io::Error::from_raw_os_error(EIO)),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.disk.write_at(offset, from)
+    }
+    fn sync(&self) -> io::Result<()> {
+        if *self.fails_sync.lock().expect("no panic under it") {
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        self.disk.sync()
+    }
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.allocate(offset, len)
+    }
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.punch(offset, len)
+    }
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+}
+
+#[test]
+fn an_activation_that_failed_while_writing_is_not_built_upon() {
+    for writes_left in 0..4 {
+        let disk = volume_on(small_geometry());
+        let ring = fresh_ring(&disk, 1 << 20);
+        let mut rig = Rig::serve(&disk, Some(ring.clone()), 1);
+        rig.write(0, 1, 3);
+        rig.run(|_| false);
+        drop(rig);
+        disk.sync().expect("syncs");
+        let backing = Faulty::over(&disk);
+        let recovered = recover(&*disk, &material()).expect("opens");
+        let volume = Volume::new(recovered, backing.clone(), Box::new(Quiet));
+        *backing.writes_left.lock().expect("no panic") = Some(writes_left);
+        let first = volume.attach(Some(ring.clone()));
+        *backing.writes_left.lock().expect("no panic") = None;
+        if first.is_ok() {
+            continue;
+        }
+        assert!(
+            matches!(volume.attach(Some(ring.clone())), Err(AttachError::Failed)),
+            "after {writes_left} writes"
+        );
+        // A new process finds everything.
+        open(&disk).attach(Some(ring)).expect("attaches");
+        let found = recover(&*disk, &material()).expect("opens");
+        assert!(found.map.damaged().is_empty());
+        assert_eq!(found.blocks().count(), 3);
+    }
+}
+
+#[test]
+fn a_failed_barrier_ends_writing_for_good() {
+    let disk = volume_on(small_geometry());
+    let backing = Faulty::over(&disk);
+    let recovered = recover(&*disk, &material()).expect("opens");
+    let volume = Volume::new(recovered, backing.clone(), Box::new(Quiet));
+    volume.attach(None).expect("attaches");
+    let mut lane: Lane<Bytes> = Lane::new(Arc::clone(volume.shared()), Arc::new(|| {}));
+    let mut request = |op: Op| {
+        lane.submit(op, Bytes(Rc::new(RefCell::new(vec![7; BLOCK_LEN]))));
+        lane.on_wake();
+        crate::volume::engine::drive(&mut lane, &*backing);
+        lane.next_done().expect("it does not hang").result
+    };
+    let write = Op::Write {
+        offset: 0,
+        len: 4096,
+        durable: false,
+    };
+    assert_eq!(request(write), Ok(()));
+    *backing.fails_sync.lock().expect("no panic") = true;
+    assert_eq!(request(Op::Flush), Err(Failure::Poisoned));
+    // The backing says that all is well again, as a kernel that dropped the pages does.
+    *backing.fails_sync.lock().expect("no panic") = false;
+    assert_eq!(request(Op::Flush), Err(Failure::Poisoned));
+    assert_eq!(request(write), Err(Failure::Poisoned));
+    let read = Op::Read {
+        offset: 0,
+        len: 4096,
+    };
+    assert_eq!(request(read), Ok(()), "what was acknowledged is readable");
+    assert!(matches!(
+        volume.settle(),
+        Err(VolumeError::Flush(Failure::Poisoned))
+    ));
+    assert!(volume.close().is_err());
+    assert!(matches!(volume.attach(None), Err(AttachError::Failed)));
+}
+
+#[test]
+fn a_close_that_failed_while_writing_is_not_tried_again() {
+    let disk = volume_on(small_geometry());
+    let backing = Faulty::over(&disk);
+    let recovered = recover(&*disk, &material()).expect("opens");
+    let volume = Volume::new(recovered, backing.clone(), Box::new(Quiet));
+    volume.attach(None).expect("attaches");
+    let mut lane: Lane<Bytes> = Lane::new(Arc::clone(volume.shared()), Arc::new(|| {}));
+    let write = Op::Write {
+        offset: 0,
+        len: 4096,
+        durable: true,
+    };
+    lane.submit(write, Bytes(Rc::new(RefCell::new(vec![7; BLOCK_LEN]))));
+    crate::volume::engine::drive(&mut lane, &*backing);
+    *backing.writes_left.lock().expect("no panic") = Some(0);
+    assert!(volume.close().is_err());
+    *backing.writes_left.lock().expect("no panic") = None;
+    assert!(volume.close().is_err(), "pages are missing");
+    disk.sync().expect("syncs");
+    let found = recover(&*disk, &material()).expect("opens");
+    assert!(found.map.damaged().is_empty());
+    assert_eq!(found.blocks().count(), 1);
+}
+
+#[test]
+fn a_checkpoint_under_way_ends_when_a_commit_fails() {
+    let disk = volume_on(small_geometry());
+    let mut rig = Rig::serve(&disk, None, 1);
+    let log = rig.log();
+    let is_page = |kind: &IoKind| {
+        matches!(kind, IoKind::Write { offset, buffer, .. }
+            if !log.contains(offset) && *offset >= log.start && buffer.blocks() > 1)
+    };
+    let mut commits = 0;
+    while !rig.held.iter().any(|(_, io)| is_page(&io.kind)) {
+        rig.write(0, 1, 1);
+        rig.submit(0, Op::Flush);
+        rig.run(is_page);
+        commits += 1;
+        assert!(commits < 1000, "no checkpoint comes");
+    }
+    rig.write(0, 1, 1);
+    rig.run(is_page);
+    rig.submit(0, Op::Flush);
+    rig.run(|kind| is_page(kind) || is_log(&log, kind));
+    let record = rig
+        .held
+        .iter()
+        .position(|(_, io)| is_log(&log, &io.kind))
+        .expect("a commit is under way");
+    rig.land(record, Some(EIO));
+    rig.run(|_| false);
+    assert_eq!(rig.done.last(), Some(&Err(Failure::Poisoned)));
+    assert!(rig.is_idle(), "a job is never over");
+}
+
+#[test]
+fn a_discard_of_everything_takes_bounded_memory() {
+    let disk = volume_on(Geometry::for_volume(1 << 40).expect("size"));
+    let mut rig = Rig::serve(&disk, None, 1);
+    let mut most = 0;
+    rig.submit(
+        0,
+        Op::Discard {
+            offset: 0,
+            len: 1 << 40,
+        },
+    );
+    rig.turn();
+    most = most.max(rig.lanes[0].peak_pieces());
+    rig.run(|_| false);
+    assert_eq!(rig.done, [Ok(())]);
+    assert!(most <= 1024, "{most} pieces at a time");
+}
+
+#[test]
+fn more_deltas_than_the_log_can_hold_are_not_gathered() {
+    let disk = volume_on(Geometry {
+        blocks: 32 << 10,
+        chunks: 400,
+        log_chunks: 1,
+    });
+    let mut rig = Rig::serve(&disk, None, 1);
+    let log = rig.log();
+    rig.write(0, 0, 1);
+    rig.submit(0, Op::Flush);
+    rig.run(|kind| is_log(&log, kind));
+    for first in (0..32 << 10).step_by(64) {
+        rig.write(0, first, 64);
+    }
+    rig.run(|kind| is_log(&log, kind));
+    rig.submit(0, Op::Flush);
+    rig.run(|_| false);
+    assert_eq!(rig.done.len(), 1 + 1 + 512 + 1, "requests hang");
+    assert!(rig.is_idle());
+}
+
+#[test]
+fn a_checkpoint_has_room_for_bitmaps_far_apart() {
+    let geometry = Geometry {
+        blocks: 512,
+        chunks: FANOUT * 320,
+        log_chunks: 1,
+    };
+    let disk = volume_on(geometry);
+    let mut recovered = recover(&*disk, &material()).expect("opens");
+    // Few leaves of the map, each block far from the next: a log that was replayed leaves such.
+    for block in 0..300 {
+        let slot = Slot((block + 1) * FANOUT * CHUNK_SLOTS);
+        let entry = Entry::new(slot, 1, 100 + block, [1; 16]);
+        let page = recovered.map.leaf_mut(block / FANOUT);
+        page.set_entry(block, entry);
+        recovered.space.set_used(slot, true);
+    }
+    let backing: Arc<dyn Backing> = disk.clone();
+    let volume = Volume::new(recovered, backing, Box::new(Quiet));
+    volume.attach(None).expect("attaches");
+    assert_eq!(volume.phase(), Phase::Serving);
+}
+
+#[test]
+fn a_damaged_bitmap_is_made_anew_from_the_map() {
+    let disk = volume_on(small_geometry());
+    let mut rig = Rig::serve(&disk, None, 1);
+    rig.write(0, 1, 40);
+    rig.run(|_| false);
+    rig.volume.close().expect("closes");
+    let bitmap = recover(&*disk, &material())
+        .expect("opens")
+        .space
+        .leaf_entry(0);
+    disk.flip(bitmap.slot().offset() + 9, 1);
+    let mut rig = Rig::serve(&disk, None, 1);
+    rig.write(0, 100, 1);
+    rig.run(|_| false);
+    rig.volume.close().expect("closes");
+    let found = recover(&*disk, &material()).expect("opens");
+    assert!(found.space.damaged().is_empty());
+    let mapped: HashSet<Slot> = found.blocks().map(|(_, entry)| entry.slot()).collect();
+    let used: HashSet<Slot> = found.used_slots().collect();
+    assert_eq!(mapped, used);
+}
+
+#[test]
+fn a_lane_that_ends_gives_its_slots_back() {
+    let disk = volume_on(small_geometry());
+    let rig = Rig::serve(&disk, None, 0);
+    // Five chunks are there for data.
+    for block in 0..20 {
+        let mut lane: Lane<Bytes> = Lane::new(Arc::clone(rig.volume.shared()), Arc::new(|| {}));
+        let op = Op::Write {
+            offset: block * 4096,
+            len: 4096,
+            durable: true,
+        };
+        lane.submit(op, Bytes(Rc::new(RefCell::new(vec![7; BLOCK_LEN]))));
+        crate::volume::engine::drive(&mut lane, &*disk);
+        assert_eq!(lane.next_done().expect("done").result, Ok(()));
+    }
+}
