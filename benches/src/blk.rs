@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use nix::unistd::Pid;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -55,9 +55,38 @@ pub struct Options {
     /// Only these jobs, like randread-4k-qd32,seqwrite-128k-qd16
     #[arg(long, value_name = "JOBS", value_delimiter = ',')]
     pub jobs: Vec<Job>,
+    /// Measure only these, for profiling; ratios need the others
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_enum)]
+    pub only: Vec<Pick>,
     /// The card's program [default: vhost-blk next to this program, built by cargo if that runs it]
     #[arg(long, value_name = "FILE")]
     pub card: Option<PathBuf>,
+}
+
+/// A target, as named on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pick {
+    /// The card
+    Offload,
+    /// qemu-storage-daemon on a raw file
+    Raw,
+    /// qemu-storage-daemon on a LUKS file
+    Luks,
+    /// fio on the raw file, without a server; needs raw, which fills it
+    Fio,
+}
+
+impl Pick {
+    const ALL: [Self; 4] = [Self::Offload, Self::Raw, Self::Luks, Self::Fio];
+
+    const fn kind(self) -> Option<Kind> {
+        match self {
+            Self::Offload => Some(Kind::Offload),
+            Self::Raw => Some(Kind::QsdRaw),
+            Self::Luks => Some(Kind::QsdLuks),
+            Self::Fio => None,
+        }
+    }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -74,6 +103,7 @@ struct Settings {
     rounds: u32,
     time: Duration,
     jobs: Vec<Job>,
+    picks: Vec<Pick>,
 }
 
 impl Settings {
@@ -88,6 +118,11 @@ impl Settings {
                 Job::standard().into()
             } else {
                 options.jobs.clone()
+            },
+            picks: if options.only.is_empty() {
+                Pick::ALL.into()
+            } else {
+                options.only.clone()
             },
         }
     }
@@ -201,7 +236,7 @@ fn measure(
         ));
     }
     let mut running = Vec::new();
-    for kind in Kind::ALL {
+    for kind in settings.picks.iter().filter_map(|pick| pick.kind()) {
         match missing(kind.needs()) {
             Some(program) => notes.push(format!(
                 "{}: {program} is not on PATH: skipped",
@@ -211,13 +246,14 @@ fn measure(
         }
     }
     let has_raw = running.iter().any(|r| r.kind == Kind::QsdRaw);
-    let baseline = match (has_raw, missing(&[FIO])) {
-        (true, None) => Some(Kind::QsdRaw.file(&place)),
-        (_, Some(_)) => {
+    let is_wanted = settings.picks.contains(&Pick::Fio) && has_raw;
+    let baseline = match missing(&[FIO]) {
+        _ if !is_wanted => None,
+        None => Some(Kind::QsdRaw.file(&place)),
+        Some(_) => {
             notes.push(format!("{FIO} is not on PATH: skipped"));
             None
         }
-        (false, None) => None,
     };
     let jobs = rounds(&mut running, baseline.as_deref(), settings, stop)?;
     let mut idle_load = idle(&running, stop)?;
@@ -444,6 +480,14 @@ mod tests {
         assert!(error.contains("qd128"), "{error}");
         assert!(settings("--rounds 0").is_err());
         assert!(settings("--time 0").is_err());
+    }
+
+    #[test]
+    fn all_targets_are_measured_unless_some_are_named() {
+        assert_eq!(settings("").unwrap().picks, Pick::ALL);
+        let picks = settings("--only offload,luks").unwrap().picks;
+        assert_eq!(picks, [Pick::Offload, Pick::Luks]);
+        assert!(settings("--only nvme").is_err());
     }
 
     #[test]
