@@ -77,6 +77,12 @@ impl Shared {
         &*self.reporter
     }
 
+    /// Whether a failure ended writing.
+    #[cfg(test)]
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.lock().is_poisoned
+    }
+
     pub(super) fn damaged(&self, block: u64) {
         Stats::add(&self.stats.not_authentic, 1);
         self.reporter.not_authentic(block);

@@ -12,9 +12,18 @@ fn seeds(default: u64) -> u64 {
 }
 
 fn first_violation(from: u64, count: u64, mutant: Option<Mutant>) -> Option<(u64, String)> {
+    first_violation_of(World::new, from, count, mutant)
+}
+
+fn first_violation_of(
+    world: fn(u64) -> World,
+    from: u64,
+    count: u64,
+    mutant: Option<Mutant>,
+) -> Option<(u64, String)> {
     mutant::set(mutant);
     let found = (from..from + count).find_map(|seed| {
-        let life = std::panic::catch_unwind(|| World::new(seed).run());
+        let life = std::panic::catch_unwind(|| world(seed).run());
         let outcome = life.unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
             Err(format!("panic: {text}"))
@@ -28,6 +37,17 @@ fn first_violation(from: u64, count: u64, mutant: Option<Mutant>) -> Option<(u64
 #[test]
 fn no_crash_loses_an_acknowledged_write_or_leaves_a_block_that_does_not_authenticate() {
     let violation = first_violation(0, seeds(1500), None);
+    assert!(
+        violation.is_none(),
+        "seed {}: {}",
+        violation.as_ref().unwrap().0,
+        violation.as_ref().unwrap().1
+    );
+}
+
+#[test]
+fn a_disk_that_fails_fills_up_and_dies_loses_nothing_acknowledged_and_hangs_no_request() {
+    let violation = first_violation_of(World::faulty, 0, seeds(1500) / 3, None);
     assert!(
         violation.is_none(),
         "seed {}: {}",

@@ -119,6 +119,24 @@ impl SimDisk {
         }
     }
 
+    /// Writes that failed: each leaves the old, the new or a torn block.
+    pub(super) fn abandon(&self, ids: &[u64], dice: &mut Dice) {
+        let mut state = self.state();
+        let (failed, others): (Vec<Pending>, Vec<Pending>) = std::mem::take(&mut state.pending)
+            .into_iter()
+            .partition(|write| ids.contains(&write.id));
+        state.pending = others;
+        for mut write in failed {
+            match dice.below(3) {
+                0 => continue,
+                1 => write.data = tear(&[state.view(write.slot), write.data], dice),
+                _ => {}
+            }
+            write.is_done = true;
+            state.pending.push(write);
+        }
+    }
+
     /// What a barrier that is submitted now will cover.
     pub(super) fn begin_sync(&self) -> Vec<u64> {
         self.state()

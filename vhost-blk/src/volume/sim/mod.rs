@@ -9,6 +9,7 @@
 
 mod disk;
 mod model;
+mod plan;
 mod world;
 
 mod attack_tests;

@@ -72,6 +72,13 @@ impl Model {
         }
     }
 
+    /// A write failed: it happened, or not, or in part.
+    pub(super) fn fail(&mut self, first: usize, count: usize) {
+        for sector in &mut self.sectors[first..first + count] {
+            sector.is_busy = false;
+        }
+    }
+
     /// A flush begins: what it will have to cover.
     pub(super) fn begin_flush(&self) -> Vec<u64> {
         self.sectors.iter().map(|sector| sector.acked).collect()

@@ -11,10 +11,14 @@ use crypto::source::KeyMaterial;
 
 use super::disk::SimDisk;
 use super::model::{Crash, Model};
+pub(super) use super::plan::small_geometry;
+use super::plan::{EIO, Fault, Plan};
 use crate::volume::backing::Backing;
 use crate::volume::create::create;
-use crate::volume::engine::{Done, Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume};
-use crate::volume::geometry::{BLOCK_LEN, Geometry};
+use crate::volume::engine::{
+    Done, Failure, Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume,
+};
+use crate::volume::geometry::BLOCK_LEN;
 use crate::volume::recover::recover;
 use crate::volume::ring::{self, RingMemory};
 
@@ -55,8 +59,7 @@ pub(super) struct SimRing(Mutex<Vec<u8>>);
 
 impl SimRing {
     pub(super) fn new() -> Arc<Self> {
-        // Small, so that it fills and wraps.
-        Self::sized(8 * 1024)
+        Self::sized(8 << 10)
     }
 
     pub(super) fn sized(len: usize) -> Arc<Self> {
@@ -112,6 +115,8 @@ enum Kind {
     },
     Flush {
         covered: Vec<u64>,
+        /// A barrier had failed before.
+        is_late: bool,
     },
     Read {
         first: usize,
@@ -121,11 +126,14 @@ enum Kind {
 
 impl Payload for Request {
     fn load(&mut self, at: usize, into: &mut [u8]) -> Result<(), PayloadFault> {
-        into.copy_from_slice(&self.memory.borrow()[at..at + into.len()]);
+        let memory = self.memory.borrow();
+        into.copy_from_slice(memory.get(at..at + into.len()).ok_or(PayloadFault)?);
         Ok(())
     }
     fn store(&mut self, at: usize, from: &[u8]) -> Result<(), PayloadFault> {
-        self.memory.borrow_mut()[at..at + from.len()].copy_from_slice(from);
+        let mut memory = self.memory.borrow_mut();
+        let place = memory.get_mut(at..at + from.len()).ok_or(PayloadFault)?;
+        place.copy_from_slice(from);
         Ok(())
     }
 }
@@ -135,10 +143,6 @@ struct UnderWay {
     io: Io,
     parts: Vec<u64>,
 }
-
-/// Sectors that requests go to: eight blocks at the start and four over a leaf's border.
-const HOT: [u64; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 126, 127, 128, 129];
-const SECTORS: usize = HOT.len() * 8;
 
 fn stamp(value: u64) -> Vec<u8> {
     value.to_le_bytes().repeat(64)
@@ -162,20 +166,29 @@ pub(super) struct World {
     ring: Option<Arc<SimRing>>,
     pub(super) dice: Dice,
     pub(super) model: Model,
-}
-
-pub(super) fn small_geometry() -> Geometry {
-    // A log of one chunk, and few spare chunks: it wraps, checkpoints and fills holes.
-    Geometry {
-        blocks: 256,
-        chunks: 2 + 1 + 6,
-        log_chunks: 1,
-    }
+    plan: Plan,
+    /// A barrier failed in this process.
+    has_lost_barrier: bool,
 }
 
 impl World {
+    /// A life on a disk that only dies.
     pub(super) fn new(seed: u64) -> Self {
-        let geometry = small_geometry();
+        let mut dice = Dice::new(seed);
+        let plan = Plan::plain(&mut dice);
+        Self::with(plan, dice)
+    }
+
+    /// A life on a disk that does all that a disk may.
+    pub(super) fn faulty(seed: u64) -> Self {
+        let mut dice = Dice::new(seed);
+        let plan = Plan::faulty(&mut dice);
+        Self::with(plan, dice)
+    }
+
+    fn with(plan: Plan, dice: Dice) -> Self {
+        let geometry = plan.geometry;
+        let sectors = plan.stretches.iter().map(|(_, blocks)| blocks * 8).sum();
         let disk = Arc::new(SimDisk::new(geometry.backing_len()));
         create(
             &*disk,
@@ -187,8 +200,10 @@ impl World {
         Self {
             disk,
             ring: None,
-            dice: Dice::new(seed),
-            model: Model::new(SECTORS),
+            dice,
+            model: Model::new(sectors),
+            plan,
+            has_lost_barrier: false,
         }
     }
 
@@ -217,7 +232,7 @@ impl World {
         let backing: Arc<dyn Backing> = self.disk.clone();
         let volume = Volume::new(recovered, backing, Box::new(Quiet));
         let ring = self.ring.clone().unwrap_or_else(|| {
-            let ring = SimRing::new();
+            let ring = SimRing::sized(self.plan.ring_len);
             ring::format_fresh(&*ring, &volume.id()).expect("large enough");
             ring
         });
@@ -226,7 +241,8 @@ impl World {
             return died(self, error.to_string());
         }
         self.disk.set_fuse(None);
-        let lanes = (0..2)
+        self.has_lost_barrier = false;
+        let lanes = (0..self.plan.lanes)
             .map(|_| Lane::new(Arc::clone(volume.shared()), Arc::new(|| {})))
             .collect();
         Ok(Some(Card {
@@ -242,6 +258,7 @@ impl World {
         if dice < 12 {
             let kind = Kind::Flush {
                 covered: self.model.begin_flush(),
+                is_late: self.has_lost_barrier,
             };
             card.lanes[lane].submit(
                 Op::Flush,
@@ -252,25 +269,32 @@ impl World {
             );
             return;
         }
-        // Within one stretch of consecutive hot blocks.
-        let (base, blocks) = if self.dice.chance(60) { (0, 8) } else { (8, 4) };
+        let stretches = self.plan.stretches;
+        let stretch = if self.dice.chance(60) {
+            0
+        } else {
+            1 + self.dice.below(stretches.len() - 1)
+        };
+        let (start, blocks) = stretches[stretch];
+        let base: usize = stretches[..stretch].iter().map(|(_, blocks)| blocks).sum();
         let (first, count) = if self.dice.chance(70) {
             let block = self.dice.below(blocks);
             (
                 block * 8,
-                (1 + self.dice.below((blocks - block).min(3))) * 8,
+                (1 + self.dice.below((blocks - block).min(self.plan.longest))) * 8,
             )
         } else {
             let sector = self.dice.below(blocks * 8);
             (sector, 1 + self.dice.below((blocks * 8 - sector).min(20)))
         };
-        let offset = HOT[base] * BLOCK_LEN as u64 + first as u64 * 512;
+        let offset = start * BLOCK_LEN as u64 + first as u64 * 512;
         let (first, len) = (base * 8 + first, count as u64 * 512);
         if dice < 25 {
             let floors = (first..first + count)
                 .map(|index| self.model.acked(index))
                 .collect();
-            let memory = Rc::new(RefCell::new(vec![0xee; count * 512]));
+            let have = self.accessible(count);
+            let memory = Rc::new(RefCell::new(vec![0xee; have * 512]));
             let kind = Kind::Read { first, floors };
             return card.lanes[lane].submit(Op::Read { offset, len }, Request { memory, kind });
         }
@@ -283,7 +307,7 @@ impl World {
         let memory = if zeroes {
             Vec::new()
         } else {
-            stamp(version).repeat(count)
+            stamp(version).repeat(self.accessible(count))
         };
         let op = match (
             zeroes,
@@ -312,6 +336,15 @@ impl World {
         );
     }
 
+    /// Sectors of a request's memory that are there.
+    fn accessible(&mut self, count: usize) -> usize {
+        if self.plan.is_faulty && self.dice.chance(3) {
+            self.dice.below(count)
+        } else {
+            count
+        }
+    }
+
     /// Lets every lane do what it can.
     fn turn(&mut self, card: &mut Card) -> Result<(), String> {
         for lane in 0..card.lanes.len() {
@@ -333,16 +366,37 @@ impl World {
                 card.under_way.push(UnderWay { lane, io, parts });
             }
             while let Some(done) = card.lanes[lane].next_done() {
-                self.finish(done)?;
+                self.finish(done, card.volume.shared().is_poisoned())?;
             }
         }
         Ok(())
     }
 
-    fn finish(&mut self, Done { payload, result }: Done<Request>) -> Result<(), String> {
-        result.map_err(|failure| format!("a request failed: {failure}"))?;
+    fn finish(
+        &mut self,
+        Done { payload, result }: Done<Request>,
+        is_poisoned: bool,
+    ) -> Result<(), String> {
+        if let Err(failure) = result {
+            let is_expected = self.plan.is_faulty
+                && match failure {
+                    Failure::Io(_) | Failure::NoSpace | Failure::Payload => true,
+                    Failure::Poisoned => is_poisoned,
+                    _ => false,
+                };
+            if !is_expected {
+                return Err(format!("a request failed: {failure}"));
+            }
+            if let Kind::Write { first, count, .. } = payload.kind {
+                self.model.fail(first, count);
+            }
+            return Ok(());
+        }
         match payload.kind {
-            Kind::Flush { covered } => self.model.ack_flush(&covered),
+            Kind::Flush { is_late: true, .. } => {
+                return Err("a flush was acknowledged after a barrier had failed".into());
+            }
+            Kind::Flush { covered, .. } => self.model.ack_flush(&covered),
             Kind::Write {
                 first,
                 count,
@@ -376,6 +430,10 @@ impl World {
         let UnderWay { lane, io, parts } = card.under_way.swap_remove(index);
         let mut kind = io.kind;
         let mut moved = 0;
+        if self.plan.is_faulty && self.dice.chance(2) {
+            let result = self.land_badly(&mut kind, &parts);
+            return card.lanes[lane].on_io(io.id, result, kind.into_buffer());
+        }
         match &mut kind {
             IoKind::Read {
                 offset,
@@ -397,6 +455,36 @@ impl World {
         card.lanes[lane].on_io(io.id, moved as i32, kind.into_buffer());
     }
 
+    /// Completes an operation with an error, or a part of it.
+    fn land_badly(&mut self, kind: &mut IoKind, parts: &[u64]) -> i32 {
+        match Fault::of(kind, &mut self.dice) {
+            Fault::Errno(errno) => {
+                if matches!(kind, IoKind::Sync) {
+                    self.has_lost_barrier |= errno == EIO;
+                } else {
+                    self.disk.abandon(parts, &mut self.dice);
+                }
+                -errno
+            }
+            Fault::Short(len) => {
+                let blocks = len / BLOCK_LEN;
+                if let IoKind::Read {
+                    offset,
+                    skip,
+                    buffer,
+                } = kind
+                {
+                    let part = &mut buffer[*skip..*skip + len];
+                    self.disk.read_at(*offset, part).expect("no fuse is lit");
+                } else {
+                    self.disk.complete(&parts[..blocks]);
+                    self.disk.abandon(&parts[blocks..], &mut self.dice);
+                }
+                len as i32
+            }
+        }
+    }
+
     fn drain(&mut self, card: &mut Card) -> Result<(), String> {
         for _ in 0..100_000 {
             self.turn(card)?;
@@ -410,8 +498,7 @@ impl World {
 
     /// Runs a card until something ends it.
     fn live(&mut self, mut card: Card) -> Result<Crash, String> {
-        let steps = if self.dice.chance(8) { 1500 } else { 160 };
-        for _ in 0..self.dice.below(steps) {
+        for _ in 0..self.dice.below(self.plan.steps) {
             match self.dice.below(10) {
                 0..3 => self.submit(&mut card),
                 3..9 => self.land(&mut card),
@@ -423,8 +510,11 @@ impl World {
             if self.dice.chance(1) {
                 // The device is reset: the frontend lets its region go and asks for a new one.
                 self.drain(&mut card)?;
-                card.volume.settle().map_err(|error| error.to_string())?;
-                let ring = SimRing::new();
+                match card.volume.settle() {
+                    Err(_) if card.volume.shared().is_poisoned() => continue,
+                    settled => settled.map_err(|error| error.to_string())?,
+                }
+                let ring = SimRing::sized(self.plan.ring_len);
                 ring::format_fresh(&*ring, &card.volume.id()).expect("large enough");
                 self.ring = Some(Arc::clone(&ring));
                 card.volume
@@ -444,25 +534,40 @@ impl World {
             }
             _ => {
                 self.drain(&mut card)?;
+                if card.volume.shared().is_poisoned() {
+                    if card.volume.close().is_ok() {
+                        return Err("a poisoned volume was closed clean".into());
+                    }
+                    self.disk.kill(&mut self.dice);
+                    return Ok(Crash::Kill);
+                }
                 card.volume.close().map_err(|error| error.to_string())?;
                 if self.dice.chance(50) {
                     self.ring = None;
                 }
-                Crash::None
+                // Writes that failed may show or not.
+                if self.plan.is_faulty {
+                    Crash::Kill
+                } else {
+                    Crash::None
+                }
             }
         })
     }
 
     /// Reads all sectors through a card.
     fn judge(&mut self, card: &mut Card, crash: Crash) -> Result<(), String> {
-        for (base, blocks) in [(0, 8), (8, 4)] {
+        let is_faulty = std::mem::take(&mut self.plan.is_faulty);
+        let mut base = 0;
+        for &(start, blocks) in self.plan.stretches {
             let memory = Rc::new(RefCell::new(vec![0xee; blocks * BLOCK_LEN]));
             let op = Op::Read {
-                offset: HOT[base] * BLOCK_LEN as u64,
+                offset: start * BLOCK_LEN as u64,
                 len: (blocks * BLOCK_LEN) as u64,
             };
             let kind = Kind::Flush {
                 covered: Vec::new(),
+                is_late: false,
             };
             card.lanes[0].submit(
                 op,
@@ -476,7 +581,9 @@ impl World {
                 let value = read_stamp(sector).ok_or("a sector is a mixture")?;
                 self.model.judge(base * 8 + index, value, crash)?;
             }
+            base += blocks;
         }
+        self.plan.is_faulty = is_faulty;
         Ok(())
     }
 
