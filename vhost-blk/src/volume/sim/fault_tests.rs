@@ -527,3 +527,131 @@ fn a_lane_that_ends_gives_its_slots_back() {
         assert_eq!(lane.next_done().expect("done").result, Ok(()));
     }
 }
+
+#[test]
+fn an_overtaken_write_that_the_delta_ring_names_keeps_its_slot_until_the_commit() {
+    let disk = volume_on(Geometry {
+        chunks: 2 + 1 + 3,
+        ..small_geometry()
+    });
+    let ring = fresh_ring(&disk, 8 << 10);
+    let mut rig = Rig::serve(&disk, Some(ring.clone()), 1);
+    let log = rig.log();
+    rig.write(0, 100, 64);
+    rig.run(|_| false);
+    // An earlier write of block 1 lands after a later one. The ring has room for the earlier one
+    // only, which is thereby acknowledged.
+    for count in [1, 64] {
+        rig.write(0, 1, count);
+        rig.turn();
+    }
+    assert_eq!(rig.held.len(), 2);
+    rig.land(1, None);
+    rig.turn();
+    rig.land(0, None);
+    rig.run(|kind| is_log(&log, kind));
+    for _ in 0..5 {
+        rig.write(0, 100, 64);
+        rig.run(|kind| is_log(&log, kind));
+    }
+    for block in 170..250 {
+        rig.write(0, block, 1);
+        rig.run(|kind| is_log(&log, kind));
+    }
+    drop(rig);
+    disk.sync().expect("syncs");
+    open(&disk).attach(Some(ring)).expect("the ring fits");
+}
+
+/// Many leaves, so that a few hundred blocks need more page slots than an activation gets.
+fn many_leaves(chunks: u64) -> Geometry {
+    Geometry {
+        blocks: 1 << 20,
+        chunks: 2 + 1 + chunks,
+        log_chunks: 1,
+    }
+}
+
+impl Rig {
+    /// One block in each of many leaves. No room is given for pages. How many writes succeeded?
+    fn spread(&mut self) -> usize {
+        let before = self.done.len();
+        for leaf in 0..600 {
+            self.write(0, leaf * FANOUT, 1);
+            for _ in 0..1000 {
+                self.turn();
+                match self.held.first().map(|(_, io)| &io.kind) {
+                    Some(IoKind::Allocate { .. }) => self.land(0, Some(28)),
+                    Some(_) => self.land(0, None),
+                    None => break,
+                }
+            }
+        }
+        assert_eq!(self.done.len(), before + 600, "requests hang");
+        self.done[before..]
+            .iter()
+            .filter(|result| result.is_ok())
+            .count()
+    }
+}
+
+#[test]
+fn without_room_for_pages_writes_fail_and_go_on_when_there_is_some_again() {
+    let disk = volume_on(many_leaves(40));
+    let mut rig = Rig::serve(&disk, None, 1);
+    let done = rig.spread();
+    assert!((1..600).contains(&done), "{done}");
+    rig.submit(0, Op::Flush);
+    rig.run(|_| false);
+    let before = rig.done.len();
+    for leaf in 0..600 {
+        rig.write(0, leaf * FANOUT, 1);
+    }
+    rig.run(|_| false);
+    assert!(rig.is_idle());
+    assert!(
+        rig.done[before..].iter().all(Result::is_ok),
+        "room is not looked for again"
+    );
+}
+
+#[test]
+fn without_slots_for_pages_writes_fail_and_do_not_hang() {
+    let disk = volume_on(many_leaves(2));
+    let mut rig = Rig::serve(&disk, None, 1);
+    let done = rig.spread();
+    assert!((1..600).contains(&done), "{done}");
+    assert!(rig.is_idle());
+}
+
+#[test]
+fn what_is_mapped_can_be_overwritten_for_ever_without_more_room_for_pages() {
+    let disk = volume_on(many_leaves(40));
+    let mut rig = Rig::serve(&disk, None, 1);
+    for _ in 0..30 {
+        for leaf in 0..40 {
+            rig.write(0, leaf * 3 * FANOUT, 1);
+            rig.run(|_| false);
+        }
+    }
+    let mapped = rig.spread();
+    let before = rig.done.len();
+    for _ in 0..3 {
+        for leaf in 0..40 {
+            rig.write(0, leaf * 3 * FANOUT, 1);
+            for _ in 0..1000 {
+                rig.turn();
+                match rig.held.first().map(|(_, io)| &io.kind) {
+                    Some(IoKind::Allocate { .. }) => rig.land(0, Some(28)),
+                    Some(_) => rig.land(0, None),
+                    None => break,
+                }
+            }
+        }
+    }
+    let failed = rig.done[before..]
+        .iter()
+        .filter(|result| result.is_err())
+        .count();
+    assert_eq!(failed, 0, "of 120, with {mapped} leaves more");
+}

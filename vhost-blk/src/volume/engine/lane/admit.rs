@@ -1,11 +1,13 @@
 //! What a piece needs from the core before it can move: entries, a range, slots, a sequence
 //! number.
 
+use std::ops::RangeInclusive;
+
 use smallvec::SmallVec;
 
 use super::{Lane, PieceKind, ReadPlan};
 use crate::volume::engine::Failure;
-use crate::volume::engine::core::{Core, Event, SEQUENCE_LIMIT};
+use crate::volume::engine::core::{Core, Event, PAGE_SLOTS_AHEAD, SEQUENCE_LIMIT};
 use crate::volume::engine::request::Payload;
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
@@ -31,8 +33,13 @@ impl Core {
         });
     }
 
-    /// Whether a change of `blocks` blocks in `leaves` leaves may begin.
-    fn hurdle(&mut self, leaves: usize, blocks: usize, sequence: u64) -> Option<Hurdle> {
+    /// Whether a change of `blocks` blocks in `leaves` may begin.
+    fn hurdle(
+        &mut self,
+        leaves: RangeInclusive<u64>,
+        blocks: usize,
+        sequence: u64,
+    ) -> Option<Hurdle> {
         if let Some(failure) = self.refuses_writes() {
             return Some(Hurdle::Fail(failure));
         }
@@ -42,16 +49,30 @@ impl Core {
         if self.is_crowded(blocks) {
             return Some(Hurdle::Stall);
         }
-        let needed = self.page_slots_needed(leaves, blocks);
+        if blocks == 0 {
+            return None;
+        }
+        // The last slots are for leaves that are there: what is mapped stays writable when no new
+        // leaf has room any more.
+        let has_new = leaves.clone().any(|leaf| self.map.leaf(leaf).is_none());
+        let reserve = if has_new { PAGE_SLOTS_AHEAD } else { 0 };
+        let needed = self.page_slots_needed(leaves.count(), blocks) + reserve;
         if self.space.page_slots() < needed {
             // A checkpoint must never need room that the backing has not given yet.
             self.page_goal = self.page_goal.max(needed);
-            let may_come = self.wants_page_slots() || self.may_find_room();
-            return Some(if may_come {
-                Hurdle::Stall
-            } else {
-                Hurdle::Fail(Failure::NoSpace)
-            });
+            if self.wants_page_slots() || self.may_find_room() {
+                return Some(Hurdle::Stall);
+            }
+            let dirty = self.map.dirty_leaves() + self.space_tree.dirty_leaves();
+            if dirty > 0 && self.space.page_slots() >= self.page_slots_taken() {
+                // A checkpoint gives the pages back that it replaces.
+                self.wants_checkpoint = true;
+                return Some(Hurdle::Stall);
+            }
+            // The next one asks the backing again.
+            self.backing_full = false;
+            self.page_goal = 0;
+            return Some(Hurdle::Fail(Failure::NoSpace));
         }
         None
     }
@@ -123,10 +144,7 @@ impl<P: Payload> Lane<P> {
             PieceKind::Erase => (first..end).filter(|block| core.is_mapped(*block)).count(),
             _ => piece.count as usize,
         };
-        let leaves = match blocks {
-            0 => 0,
-            _ => (first / FANOUT..=(end - 1) / FANOUT).count(),
-        };
+        let leaves = first / FANOUT..=(end - 1) / FANOUT;
         match core.hurdle(leaves, blocks, self.shared.sequence_now()) {
             Some(Hurdle::Stall) => return self.stall(core, key),
             Some(Hurdle::Fail(failure)) => return self.fail_piece(key, failure),
