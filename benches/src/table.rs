@@ -19,10 +19,10 @@ pub fn markdown(results: &Results) -> String {
 }
 
 fn heading(out: &mut String, results: &Results) {
-    let gib = results.disk_len >> 20;
+    let mib = results.disk_len >> 20;
     let _ = writeln!(
         out,
-        "## Block I/O on {}: {gib} MiB filled, {} rounds of {} s\n",
+        "## Block I/O on {}: {mib} MiB filled, {} rounds of {} s\n",
         results.directory, results.rounds, results.seconds
     );
     for target in &results.targets {

@@ -95,7 +95,9 @@ impl Kind {
         let (name, about) = match self {
             Self::Offload => (
                 OURS,
-                "vhost-blk, one queue, on a volume file; AES-256-GCM, authenticated",
+                "vhost-blk, one queue, on a volume file; AES-256-GCM, authenticated. It writes out of \
+                 place: random writes scatter what the sequential jobs of later rounds meet, so \
+                 their spread runs from the first round to the last",
             ),
             Self::QsdRaw => (
                 raw,
