@@ -302,3 +302,31 @@ impl Backing for FileBacking {
         self.len
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_lives_as_long_as_the_open_file_that_io_goes_through() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("volume");
+        let mut backing = FileBacking::create(&path, false).expect("creates");
+        backing.set_len(1 << 20).expect("grows");
+        for access in [Access::Write, Access::Read] {
+            let second = FileBacking::open(&path, access);
+            assert!(matches!(second, Err(OpenError::InUse(_))), "{second:?}");
+        }
+        // What a request of a dead process holds: the open file, not the process's descriptor.
+        let under_way = backing.file().try_clone().expect("duplicates");
+        drop(backing);
+        let second = FileBacking::open(&path, Access::Write);
+        assert!(matches!(second, Err(OpenError::InUse(_))), "{second:?}");
+        drop(under_way);
+        let first = FileBacking::open(&path, Access::Read).expect("opens");
+        let second = FileBacking::open(&path, Access::Read).expect("readers share");
+        assert_eq!(first.len(), second.len());
+        let writer = FileBacking::open(&path, Access::Write);
+        assert!(matches!(writer, Err(OpenError::InUse(_))), "{writer:?}");
+    }
+}
