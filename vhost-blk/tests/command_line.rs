@@ -30,6 +30,22 @@ fn capabilities_are_printed_whatever_else_is_asked() {
     }
 }
 
+#[test]
+fn the_discovery_file_says_what_the_binary_says() {
+    // For /usr/share/qemu/vhost-user (QEMU, docs/interop/vhost-user.json).
+    let file = include_str!("../packaging/50-offload-vhost-blk.json");
+    let file: serde_json::Value = serde_json::from_str(file).unwrap();
+    let said: serde_json::Value =
+        serde_json::from_str(&succeeds(&["--print-capabilities"])).unwrap();
+    assert_eq!(file["type"], said["type"]);
+    assert!(
+        file["binary"]
+            .as_str()
+            .is_some_and(|path| path.starts_with('/'))
+    );
+    assert!(file["description"].is_string());
+}
+
 /// A card with `--fd`, ended when dropped.
 struct Inheriting(std::process::Child);
 
