@@ -62,6 +62,40 @@ struct Chunk {
     used: u16,
 }
 
+impl Chunk {
+    /// The longest stretch of free slots, counted from the chunk's start.
+    fn longest_hole(&self) -> Run {
+        let (mut longest, mut current) = (Run::default(), Run::default());
+        for bit in 0..CHUNK_SLOTS {
+            if self.bits[(bit / 64) as usize] & (1 << (bit % 64)) != 0 {
+                current = Run::default();
+                continue;
+            }
+            if current.len == 0 {
+                current.start = bit;
+            }
+            current.len += 1;
+            if current.len > longest.len {
+                longest = current;
+            }
+        }
+        longest
+    }
+}
+
+/// Ranks of chunks: none used, then eighths.
+const RANKS: usize = 9;
+
+/// How full a chunk is; `None`: nothing to take. Coarse, so that most slots come and go without
+/// a change of rank.
+fn rank(used: u16) -> Option<usize> {
+    match u64::from(used) {
+        0 => Some(0),
+        CHUNK_SLOTS => None,
+        used => Some(1 + (used * 8 / CHUNK_SLOTS) as usize),
+    }
+}
+
 struct Limbo {
     epoch: u64,
     slots: Vec<Slot>,
@@ -73,10 +107,8 @@ pub struct Space {
     geometry: Geometry,
     /// Chunks from `data_start` up to the highest one ever used.
     chunks: Vec<Chunk>,
-    /// Chunks below that with no used slot.
-    free: BTreeSet<u64>,
-    /// Where the search for a partly used chunk goes on.
-    cursor: usize,
+    /// Chunks below that with a free slot, by how full they are: see [`rank`].
+    ranks: [BTreeSet<usize>; RANKS],
     /// Slots set aside for pages.
     pages: BTreeSet<u64>,
     epoch: u64,
@@ -91,8 +123,7 @@ impl Space {
         Self {
             geometry,
             chunks: Vec::new(),
-            free: BTreeSet::new(),
-            cursor: 0,
+            ranks: Default::default(),
             pages: BTreeSet::new(),
             epoch: 0,
             reads: VecDeque::new(),
@@ -114,8 +145,21 @@ impl Space {
 
     fn touch(&mut self, index: usize) {
         while self.chunks.len() <= index {
-            self.free.insert(self.chunks.len() as u64);
+            self.ranks[0].insert(self.chunks.len());
             self.chunks.push(Chunk::default());
+        }
+    }
+
+    fn set_count(&mut self, index: usize, used: u16) {
+        let before = std::mem::replace(&mut self.chunks[index].used, used);
+        if rank(before) == rank(used) {
+            return;
+        }
+        if let Some(rank) = rank(before) {
+            self.ranks[rank].remove(&index);
+        }
+        if let Some(rank) = rank(used) {
+            self.ranks[rank].insert(index);
         }
     }
 
@@ -130,8 +174,8 @@ impl Space {
             return false;
         }
         chunk.bits[word] |= mask;
-        chunk.used += 1;
-        self.free.remove(&(index as u64));
+        let used = chunk.used + 1;
+        self.set_count(index, used);
         true
     }
 
@@ -144,52 +188,29 @@ impl Space {
         })
     }
 
-    /// Takes a run: a whole free chunk if there is one, else the next hole of a used one.
+    /// Takes a run: a whole free chunk if there is one, else the longest hole of one of the
+    /// emptiest, so that what is written together still lies together on a volume that is full.
     pub fn take_run(&mut self) -> Option<Run> {
         let fresh = self.chunks.len() as u64 + self.geometry.data_start() < self.geometry.chunks;
-        if self.free.is_empty() && fresh {
+        if self.ranks[0].is_empty() && fresh {
             self.touch(self.chunks.len());
         }
-        if let Some(index) = self.free.pop_first() {
-            self.chunks[index as usize] = Chunk {
-                bits: [u64::MAX; 4],
-                used: CHUNK_SLOTS as u16,
-            };
-            let start = (self.geometry.data_start() + index) * CHUNK_SLOTS;
-            return Some(Run {
-                start,
-                len: CHUNK_SLOTS,
-            });
-        }
-        for _ in 0..self.chunks.len() {
-            let index = self.cursor % self.chunks.len();
-            if u64::from(self.chunks[index].used) < CHUNK_SLOTS {
-                return Some(self.take_hole(index));
-            }
-            self.cursor = index + 1;
-        }
-        None
-    }
-
-    fn take_hole(&mut self, index: usize) -> Run {
-        let base = (self.geometry.data_start() + index as u64) * CHUNK_SLOTS;
+        let index = self
+            .ranks
+            .iter()
+            .find_map(|chunks| chunks.first().copied())?;
         let chunk = &mut self.chunks[index];
-        let is_free =
-            |chunk: &Chunk, bit: u64| chunk.bits[(bit / 64) as usize] & (1 << (bit % 64)) == 0;
-        let mut run = Run::default();
-        for bit in 0..CHUNK_SLOTS {
-            if is_free(chunk, bit) {
-                if run.len == 0 {
-                    run.start = base + bit;
-                }
-                chunk.bits[(bit / 64) as usize] |= 1 << (bit % 64);
-                chunk.used += 1;
-                run.len += 1;
-            } else if run.len > 0 {
-                break;
-            }
+        let hole = chunk.longest_hole();
+        for bit in hole.start..hole.start + hole.len {
+            chunk.bits[(bit / 64) as usize] |= 1 << (bit % 64);
         }
-        run
+        let used = chunk.used + hole.len as u16;
+        self.set_count(index, used);
+        let base = (self.geometry.data_start() + index as u64) * CHUNK_SLOTS;
+        Some(Run {
+            start: base + hole.start,
+            len: hole.len,
+        })
     }
 
     /// Gives back a slot that no entry ever named.
@@ -205,10 +226,8 @@ impl Space {
             return;
         }
         chunk.bits[word] &= !mask;
-        chunk.used -= 1;
-        if chunk.used == 0 {
-            self.free.insert(index as u64);
-        }
+        let used = chunk.used - 1;
+        self.set_count(index, used);
     }
 
     /// Gives up slots that reads may be under way to. `punch`: their backing is to be released
@@ -346,6 +365,24 @@ mod tests {
             space.free_now(slot);
         }
         assert_eq!(space.take_run(), Some(first));
+    }
+
+    #[test]
+    fn the_emptiest_chunk_and_its_longest_hole_come_first() {
+        let mut space = space();
+        let runs: Vec<Run> = std::iter::from_fn(|| space.take_run()).collect();
+        let (full, empty) = (runs[0].start, runs[2].start);
+        for slot in [full + 1, full + 2, full + 3, empty + 7].map(Slot) {
+            space.free_now(slot);
+        }
+        for slot in empty + 100..empty + 180 {
+            space.free_now(Slot(slot));
+        }
+        let run = |start, len| Some(Run { start, len });
+        assert_eq!(space.take_run(), run(empty + 100, 80));
+        assert_eq!(space.take_run(), run(full + 1, 3));
+        assert_eq!(space.take_run(), run(empty + 7, 1));
+        assert_eq!(space.take_run(), None);
     }
 
     #[test]
