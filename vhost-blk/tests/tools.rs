@@ -339,3 +339,76 @@ fn a_passphrase_opens_what_it_made_and_nothing_else_does() {
     let said = succeeds(&["info", &volume]);
     assert!(said.contains("Argon2id"), "{said}");
 }
+
+#[test]
+fn the_key_itself_is_never_written_over() {
+    let files = Files::with_volume("16M");
+    let key = files.text("key");
+    let before = std::fs::read(&key).unwrap();
+    let raw = files.private("raw", &[7; 8192]);
+    let raw = raw.to_str().unwrap();
+    let volume = files.text("volume");
+    for args in [
+        &[
+            "create",
+            "--force",
+            "--size",
+            "16M",
+            "--key-file",
+            &key,
+            &key,
+        ][..],
+        &["import", "--force", "--key-file", &key, raw, &key],
+        &["export", "--force", "--key-file", &key, &volume, &key],
+    ] {
+        let said = fails(args, 1);
+        assert!(said.contains("is the key itself"), "{said}");
+        assert_eq!(std::fs::read(&key).unwrap(), before);
+    }
+}
+
+#[test]
+fn a_fifo_is_no_image() {
+    let files = Files::with_volume("16M");
+    let fifo = files.text("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.unwrap().success());
+    let said = fails(
+        &[
+            "import",
+            "--key-file",
+            &files.text("key"),
+            &fifo,
+            &files.text("new"),
+        ],
+        1,
+    );
+    assert!(
+        said.contains("neither a regular file nor a block device"),
+        "{said}"
+    );
+    assert!(!files.path("new").exists());
+}
+
+#[test]
+fn a_mounted_device_is_not_made_into_a_volume() {
+    let files = Files::new();
+    let key = files.private("key", &[3; 32]);
+    let device = Loop::new(&files, "image", 64 << 20, 512);
+    let runs = |program: &str, args: &[&str]| {
+        let status = Command::new(program).args(args).status().unwrap();
+        assert!(status.success(), "{program} {args:?}");
+    };
+    runs("mkfs.ext4", &["-q", &device.0]);
+    let folder = files.path("mounted");
+    std::fs::create_dir(&folder).unwrap();
+    let folder = folder.to_str().unwrap();
+    runs("mount", &[&device.0, folder]);
+    let key = key.to_str().unwrap();
+    let output = run(&["create", "--force", "--key-file", key, &device.0]);
+    runs("umount", &[folder]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("mounted"), "{}", stderr(&output));
+    runs("e2fsck", &["-fn", &device.0]);
+    succeeds(&["create", "--force", "--key-file", key, &device.0]);
+}

@@ -8,7 +8,7 @@ use crypto::slot::Argon2Params;
 use crypto::source::KeyMaterial;
 use offload::cli::format_size;
 
-use super::open::{id_text, key, serial_text};
+use super::open::{id_text, key, serial_text, spare_the_key};
 use crate::args::CreateArgs;
 use crate::volume::backing::{Backing, FileBacking};
 use crate::volume::create::create;
@@ -16,6 +16,7 @@ use crate::volume::geometry::Geometry;
 use crate::volume::superblock::Superblock;
 
 pub(super) fn run(args: &CreateArgs) -> anyhow::Result<()> {
+    spare_the_key(&args.key, &args.volume)?;
     let material = key(args.key.source())?;
     let (_, superblock, unfinished) = make(&args.volume, args.size, &material, args.force)?;
     unfinished.keep()?;

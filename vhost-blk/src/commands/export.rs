@@ -15,7 +15,7 @@ use offload::cli::format_size;
 use rustix::fs::{FallocateFlags, SeekFrom};
 
 use super::create::Unfinished;
-use super::open::{serial_text, volume};
+use super::open::{serial_text, spare_the_key, volume};
 use super::progress;
 use super::pump::{Bytes, CHUNK, DEPTH, Pump};
 use crate::args::ExportArgs;
@@ -29,6 +29,7 @@ use crate::volume::recover::Recovered;
 const LISTED: usize = 20;
 
 pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
+    spare_the_key(&args.key, &args.image)?;
     let (backing, recovered) = volume(&args.volume, args.key.source(), Access::Read)?;
     let source = std::fs::metadata(&args.volume)?;
     let len = recovered.superblock.geometry.volume_len();

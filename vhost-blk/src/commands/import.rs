@@ -23,7 +23,7 @@ use rustix::fs::SeekFrom;
 use tempfile::NamedTempFile;
 
 use super::create::make;
-use super::open::{id_text, key, serial_text};
+use super::open::{id_text, key, serial_text, spare_the_key};
 use super::progress;
 use super::pump::{Bytes, CHUNK, DEPTH, Pump};
 use crate::args::ImportArgs;
@@ -34,6 +34,7 @@ use crate::volume::geometry::{BLOCK_LEN, MIN_VOLUME_LEN};
 use crate::volume::recover::recover;
 
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
+    spare_the_key(&args.key, &args.volume)?;
     let material = key(args.key.source())?;
     refuse_the_same(&args.image, &args.volume)?;
     let source = Source::open(args)?;
@@ -76,6 +77,14 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
 fn refuse_the_same(image: &Path, volume: &Path) -> anyhow::Result<()> {
     let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino(), m.rdev()));
     let from = identity(image).with_context(|| format!("cannot open {}", image.display()))?;
+    // Opening a FIFO would wait for its other end.
+    let kind = std::fs::metadata(image)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        bail!(
+            "{} is neither a regular file nor a block device",
+            image.display()
+        );
+    }
     if identity(volume).is_ok_and(|to| to == from) {
         bail!("image and volume are the same file; give the volume another name");
     }

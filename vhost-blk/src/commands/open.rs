@@ -1,11 +1,13 @@
 //! Opening a volume with its key, as every subcommand does it.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use crypto::source::{KeyMaterial, KeySource};
 
+use crate::args::KeyArgs;
 use crate::volume::backing::{Access, FileBacking};
 use crate::volume::recover::{Recovered, recover};
 use crate::volume::superblock::{SERIAL_LEN, VolumeId};
@@ -46,4 +48,21 @@ pub fn id_text(id: &VolumeId) -> String {
 pub fn serial_text(serial: &[u8; SERIAL_LEN]) -> String {
     let text = serial.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(text).into_owned()
+}
+
+/// Refuses to write over the key that the command was given.
+pub(super) fn spare_the_key(key: &KeyArgs, target: &Path) -> anyhow::Result<()> {
+    let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
+    let Ok(target_is) = identity(target) else {
+        return Ok(());
+    };
+    for file in [&key.key_file, &key.passphrase_file].into_iter().flatten() {
+        if identity(file).is_ok_and(|key_is| key_is == target_is) {
+            bail!(
+                "{} is the key itself, which would be lost; give another name",
+                target.display()
+            );
+        }
+    }
+    Ok(())
 }

@@ -74,6 +74,9 @@ pub enum OpenError {
         "{} is in use by another process (a running card, check or export); stop it first", .0.display()
     )]
     InUse(PathBuf),
+    /// A device that the kernel uses.
+    #[error("{} is mounted or otherwise in use by the kernel; unmount it first", .0.display())]
+    Mounted(PathBuf),
     /// The file is there and was not to be overwritten.
     #[error("{} is there already; give --force to overwrite it and lose what it holds", .0.display())]
     Exists(PathBuf),
@@ -125,7 +128,21 @@ impl FileBacking {
                 if source.kind() == io::ErrorKind::AlreadyExists => {}
             other => return other,
         }
-        let backing = Self::open_with(path, OFlags::RDWR, Access::Write)?;
+        let is_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+        // Exclusive: the kernel refuses a device that it has mounted (open(2), O_EXCL).
+        let flags = if is_device {
+            OFlags::RDWR | OFlags::EXCL
+        } else {
+            OFlags::RDWR
+        };
+        let backing = match Self::open_with(path, flags, Access::Write) {
+            Err(OpenError::Open { path, source })
+                if source.kind() == io::ErrorKind::ResourceBusy =>
+            {
+                return Err(OpenError::Mounted(path));
+            }
+            other => other?,
+        };
         let is_blank = backing.is_device && {
             let mut first = super::buffer::Buffer::zeroed(1);
             backing
