@@ -36,6 +36,7 @@ use crate::volume::recover::recover;
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
     spare_the_key(&args.key, &args.volume)?;
     let material = key(args.key.source())?;
+    refuse_what_is_no_image(&args.image)?;
     refuse_the_same(&args.image, &args.volume)?;
     let source = Source::open(args)?;
     let size = source
@@ -74,17 +75,24 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn refuse_the_same(image: &Path, volume: &Path) -> anyhow::Result<()> {
-    let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino(), m.rdev()));
-    let from = identity(image).with_context(|| format!("cannot open {}", image.display()))?;
-    // Opening a FIFO would wait for its other end.
-    let kind = std::fs::metadata(image)?.file_type();
+/// Opening a FIFO would wait for its other end.
+fn refuse_what_is_no_image(image: &Path) -> anyhow::Result<()> {
+    let meta = std::fs::metadata(image);
+    let kind = meta
+        .with_context(|| format!("cannot open {}", image.display()))?
+        .file_type();
     if !kind.is_file() && !kind.is_block_device() {
         bail!(
             "{} is neither a regular file nor a block device",
             image.display()
         );
     }
+    Ok(())
+}
+
+fn refuse_the_same(image: &Path, volume: &Path) -> anyhow::Result<()> {
+    let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino(), m.rdev()));
+    let from = identity(image).with_context(|| format!("cannot open {}", image.display()))?;
     if identity(volume).is_ok_and(|to| to == from) {
         bail!("image and volume are the same file; give the volume another name");
     }

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use rustix::io::Errno;
+
 use super::{Lane, PieceKind, ReadPlan};
 use crate::volume::buffer::{Buffer, Pool};
 use crate::volume::engine::core::Core;
@@ -252,7 +254,9 @@ impl<P: Payload> Lane<P> {
         let Some(flight) = self.flights.get_mut(id as usize) else {
             return;
         };
-        let is_retry = result == -libc_eintr() || result == -libc_eagain();
+        let is_retry = [Errno::INTR, Errno::AGAIN]
+            .map(|e| -e.raw_os_error())
+            .contains(&result);
         let outcome = if is_retry && flight.tries < PATIENCE {
             flight.tries += 1;
             None
@@ -441,14 +445,6 @@ impl<P: Payload> Lane<P> {
 }
 
 const EIO: i32 = 5;
-
-fn libc_eintr() -> i32 {
-    rustix::io::Errno::INTR.raw_os_error()
-}
-
-fn libc_eagain() -> i32 {
-    rustix::io::Errno::AGAIN.raw_os_error()
-}
 
 fn write_failure(errno: i32) -> Failure {
     match io::Error::from_raw_os_error(errno).kind() {
