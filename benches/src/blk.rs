@@ -162,13 +162,13 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn write(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))
 }
 
 /// The card's program. Under `cargo run`, cargo has built only the benchmarks: it is asked to build
 /// the card the same way, so that old code is never measured by mistake.
-fn find_card(given: Option<&Path>) -> Result<PathBuf> {
+pub(crate) fn find_card(given: Option<&Path>) -> Result<PathBuf> {
     if let Some(card) = given {
         if !card.is_file() {
             bail!(
@@ -419,7 +419,7 @@ fn idle(running: &[Running], stop: &AtomicBool) -> Result<Vec<Option<f64>>> {
         .collect())
 }
 
-fn pause(time: Duration, stop: &AtomicBool) -> Result<()> {
+pub(crate) fn pause(time: Duration, stop: &AtomicBool) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
         if stop.load(Ordering::Relaxed) {
@@ -430,7 +430,7 @@ fn pause(time: Duration, stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-fn bar(len: u64, numbers: &str) -> ProgressBar {
+pub(crate) fn bar(len: u64, numbers: &str) -> ProgressBar {
     let template = format!("{{bar:32}} {{msg}} ({numbers})");
     let style = ProgressStyle::with_template(&template);
     ProgressBar::new(len).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))

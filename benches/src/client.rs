@@ -174,9 +174,7 @@ impl Client {
             free.extend(done.iter().take(count));
             progress(next);
         }
-        self.queue.flush(0, ReqFlags::empty());
-        self.reap(&mut done)?;
-        Ok(())
+        self.flush()
     }
 
     /// Reads `count` random blocks and compares them with what [`Self::fill`] wrote.
@@ -264,6 +262,71 @@ impl Client {
             elapsed: now.duration_since(begin),
             latency,
         })
+    }
+
+    /// Reads or writes 4 KiB at each of these byte offsets, `depth` at a time, until there are no
+    /// more. Writes carry random bytes.
+    ///
+    /// # Errors
+    /// A request fails or takes far too long.
+    pub fn each(
+        &mut self,
+        is_read: bool,
+        depth: usize,
+        mut offsets: impl Iterator<Item = u64>,
+    ) -> Result<Outcome, ClientError> {
+        const LEN: usize = BLOCK_MIN as usize;
+        let mut latency = histogram();
+        let mut free: Vec<usize> = (0..depth.min(DEPTH_MAX.into())).collect();
+        let depth = free.len();
+        let begin = Instant::now();
+        let mut began = vec![begin; depth];
+        let mut done = [0; DEPTH_MAX as usize];
+        let mut requests = 0;
+        let mut now = begin;
+        loop {
+            while let Some(slot) = free.last().copied()
+                && let Some(offset) = offsets.next()
+            {
+                free.pop();
+                let buffer = self.slice(slot * LEN, LEN).as_mut_ptr();
+                if is_read {
+                    self.queue
+                        .read(offset, buffer, LEN, slot, ReqFlags::empty());
+                } else {
+                    self.queue
+                        .write(offset, buffer, LEN, slot, ReqFlags::empty());
+                }
+                if let Some(began) = began.get_mut(slot) {
+                    *began = now;
+                }
+            }
+            if free.len() == depth {
+                break;
+            }
+            let count = self.reap(&mut done)?;
+            now = Instant::now();
+            for &slot in done.iter().take(count) {
+                requests += 1;
+                let began = began.get(slot).copied().unwrap_or(now);
+                latency.saturating_record(nanos(now.duration_since(began)));
+                free.push(slot);
+            }
+        }
+        Ok(Outcome {
+            requests,
+            elapsed: now.duration_since(begin),
+            latency,
+        })
+    }
+
+    /// Makes everything durable.
+    ///
+    /// # Errors
+    /// The flush fails.
+    pub fn flush(&mut self) -> Result<(), ClientError> {
+        self.queue.flush(0, ReqFlags::empty());
+        self.reap(&mut [0]).map(drop)
     }
 
     fn submit(&mut self, job: &Job, slot: usize, block: u64) {

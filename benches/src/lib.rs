@@ -14,10 +14,13 @@
 //! * **The server's processor time** comes from its CPU clock, in nanoseconds, which counts its
 //!   kernel threads (io_uring workers) and threads that have ended, too.
 //!
+//! `offload-benches scale` looks at one card alone on a volume that is far larger than its metadata
+//! cache: memory that it holds, reads that miss, time to open after a crash.
+//!
 //! Modules, from the pure to the impure: [`job`] what is measured, [`stats`] medians and ratios,
 //! [`results`] what came out, [`table`] and [`chart`] how it is shown; [`client`] drives a server,
 //! [`server`] owns its process, [`target`] knows each peer's command line, [`fio`] runs the
-//! baseline, [`blk`] does it all in order.
+//! baseline, [`blk`] and [`scale`] do it all in order.
 
 pub mod blk;
 pub mod chart;
@@ -25,6 +28,7 @@ pub mod client;
 pub mod fio;
 pub mod job;
 pub mod results;
+pub mod scale;
 pub mod server;
 pub mod stats;
 pub mod table;

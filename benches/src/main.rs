@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use offload_benches::blk;
+use offload_benches::{blk, scale};
 
 /// Benchmarks of the offload cards against peers
 #[derive(Debug, Parser)]
@@ -16,10 +16,13 @@ struct Cli {
 enum Command {
     /// The block card against qemu-storage-daemon, plain and LUKS, and against fio on the plain file
     Blk(blk::Options),
+    /// The block card on a very large volume: memory, reads that miss its cache, time to open
+    Scale(scale::Options),
 }
 
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Blk(options) => blk::run(&options),
+        Command::Scale(options) => scale::run(&options),
     }
 }

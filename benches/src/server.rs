@@ -153,6 +153,28 @@ impl Server {
         })
     }
 
+    /// Memory that it holds now, and the most that it ever held, in bytes.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn memory(&self) -> Result<Memory, ServerError> {
+        let read = || {
+            let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
+            Memory::parse(&text)
+        };
+        read().ok_or_else(|| ServerError::Ended {
+            program: self.program.clone(),
+            status: "no memory figures".to_owned(),
+            tail: self.tail(),
+        })
+    }
+
+    /// Ends it as a crash would: SIGKILL.
+    pub fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// The last lines of its output.
     #[must_use]
     pub fn tail(&self) -> String {
@@ -166,6 +188,29 @@ impl Server {
     fn pid_t(&self) -> Pid {
         // Linux's process ids end at 2^22.
         Pid::from_raw(self.child.id().cast_signed())
+    }
+}
+
+/// Resident memory of a process, in bytes (`proc(5)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Its own, now (RssAnon): the client's shared memory and the program's text are left out.
+    pub resident: u64,
+    /// The most that there was of everything (VmHWM), the client's memory included.
+    pub peak: u64,
+}
+
+impl Memory {
+    fn parse(status: &str) -> Option<Self> {
+        let field = |name: &str| -> Option<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+            Some(kib << 10)
+        };
+        Some(Self {
+            resident: field("RssAnon:")?,
+            peak: field("VmHWM:")?,
+        })
     }
 }
 
@@ -216,6 +261,14 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("no such key"), "{text}");
         assert!(text.contains("exit status: 3"), "{text}");
+    }
+
+    #[test]
+    fn memory_is_read_from_what_the_kernel_says() {
+        let text = "Name:\tx\nVmHWM:\t    2048 kB\nRssAnon:\t    1024 kB\n";
+        let memory = Memory::parse(text).unwrap();
+        assert_eq!((memory.resident, memory.peak), (1 << 20, 2 << 20));
+        assert_eq!(Memory::parse("Name:\tx\n"), None);
     }
 
     #[test]

@@ -219,7 +219,7 @@ impl Kind {
     }
 }
 
-fn args<const N: usize>(texts: [&str; N]) -> impl Iterator<Item = OsString> {
+pub(crate) fn args<const N: usize>(texts: [&str; N]) -> impl Iterator<Item = OsString> {
     texts.map(OsString::from).into_iter()
 }
 
@@ -233,7 +233,7 @@ fn secret(key: &Path) -> OsString {
     join("secret,id=k,file=", key)
 }
 
-fn write_private(path: &Path, bytes: &[u8]) -> Result<(), TargetError> {
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), TargetError> {
     File::options()
         .write(true)
         .create_new(true)
@@ -246,7 +246,7 @@ fn write_private(path: &Path, bytes: &[u8]) -> Result<(), TargetError> {
         })
 }
 
-fn run(program: &Path, args: impl Iterator<Item = OsString>) -> Result<(), TargetError> {
+pub(crate) fn run(program: &Path, args: impl Iterator<Item = OsString>) -> Result<(), TargetError> {
     let name = program.display().to_string();
     let output = Command::new(program)
         .args(args)
