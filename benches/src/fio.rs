@@ -75,7 +75,7 @@ fn command(file: &Path, len: u64, job: &Job, time: Duration) -> Command {
     let rw = match job.pattern {
         Pattern::RandRead => "randread",
         Pattern::RandWrite | Pattern::WriteFlush => "randwrite",
-        Pattern::SeqRead => "read",
+        Pattern::SeqRead | Pattern::ScatteredRead => "read",
         Pattern::SeqWrite => "write",
     };
     let mut command = Command::new("fio");

@@ -24,6 +24,9 @@ pub enum Pattern {
     RandWrite,
     /// Reads from the start to the end, and again.
     SeqRead,
+    /// The same, told apart since it runs right after random overwrites, which scatter what is
+    /// written out of place.
+    ScatteredRead,
     /// Writes from the start to the end, and again.
     SeqWrite,
     /// A write of a random block and a flush, one after the other, counted as one.
@@ -31,10 +34,11 @@ pub enum Pattern {
 }
 
 impl Pattern {
-    const ALL: [(&str, Self); 5] = [
+    const ALL: [(&str, Self); 6] = [
         ("randread", Self::RandRead),
         ("randwrite", Self::RandWrite),
         ("seqread", Self::SeqRead),
+        ("scatteredread", Self::ScatteredRead),
         ("seqwrite", Self::SeqWrite),
         ("writeflush", Self::WriteFlush),
     ];
@@ -48,7 +52,7 @@ impl Pattern {
     /// Whether requests read.
     #[must_use]
     pub const fn is_read(self) -> bool {
-        matches!(self, Self::RandRead | Self::SeqRead)
+        matches!(self, Self::RandRead | Self::SeqRead | Self::ScatteredRead)
     }
 }
 
@@ -70,7 +74,10 @@ pub enum JobError {
     #[error("{0:?} is not a job: write PATTERN-BLOCK-qdDEPTH, like randread-4k-qd32")]
     Form(String),
     /// Unknown pattern.
-    #[error("{0:?} is not a pattern: take randread, randwrite, seqread, seqwrite or writeflush")]
+    #[error(
+        "{0:?} is not a pattern: take randread, randwrite, seqread, \
+         scatteredread, seqwrite or writeflush"
+    )]
     Pattern(String),
     /// Block size out of range.
     #[error("{0:?} is not a block size: take a multiple of 4k up to 1m")]
@@ -81,10 +88,11 @@ pub enum JobError {
 }
 
 impl Job {
-    /// The standard set.
+    /// The standard set, in the order in which it runs: what random writes scatter is read in order
+    /// at the end of a round.
     #[must_use]
-    pub const fn standard() -> [Self; 8] {
-        use Pattern::{RandRead, RandWrite, SeqRead, SeqWrite, WriteFlush};
+    pub const fn standard() -> [Self; 9] {
+        use Pattern::{RandRead, RandWrite, ScatteredRead, SeqRead, SeqWrite, WriteFlush};
         const fn job(pattern: Pattern, kib: u32, depth: u16) -> Job {
             Job {
                 pattern,
@@ -93,14 +101,15 @@ impl Job {
             }
         }
         [
+            job(SeqRead, 128, 16),
+            job(SeqRead, 1024, 4),
             job(RandRead, 4, 1),
             job(RandRead, 4, 32),
             job(RandRead, 4, 128),
-            job(SeqRead, 128, 16),
-            job(SeqRead, 1024, 4),
             job(SeqWrite, 128, 16),
-            job(RandWrite, 4, 32),
             job(WriteFlush, 4, 1),
+            job(RandWrite, 4, 32),
+            job(ScatteredRead, 128, 16),
         ]
     }
 
@@ -111,6 +120,7 @@ impl Job {
             Pattern::RandRead => "random read",
             Pattern::RandWrite => "random write",
             Pattern::SeqRead => "sequential read",
+            Pattern::ScatteredRead => "sequential read after random writes",
             Pattern::SeqWrite => "sequential write",
             Pattern::WriteFlush => "write + flush",
         };
