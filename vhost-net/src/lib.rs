@@ -1,1 +1,29 @@
-//! The network card. It comes with a later issue; see the README for what works today.
+//! The network card: a stock guest's virtio-net device, served from a process that needs no
+//! privileges.
+//!
+//! ```text
+//!  guest ──virtqueues──► device ──frames──► services   answers what the card itself is: ARP, ND,
+//!                          ▲                  │        DHCP, RA, DNS, metadata
+//!                          │                  ▼
+//!                          │                policy     security groups, limits, flow log, capture
+//!                          │                  │
+//!                          │                  ▼
+//!                          └──────────────  stack      TCP terminated, UDP and ICMP by tables
+//!                                             │ ▲
+//!                                             ▼ │ bytes, errors
+//!                                            host      the sockets of the host, in the queue's
+//!                                                      io_uring
+//! ```
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`spec`] | what an interface is: addresses, gateway, name servers, MTU |
+//! | [`frame`] | a frame of the guest's, checked once; offload metadata; checksums |
+//! | [`local`] | what the services and the policy look like from the data path |
+//!
+//! Everything but [`device`] and `host` is free of I/O: it takes bytes and a `now` and returns
+//! frames and wishes.
+
+pub mod frame;
+pub mod local;
+pub mod spec;
