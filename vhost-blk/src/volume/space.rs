@@ -1,9 +1,14 @@
 //! Which slots are free, in memory.
 //!
 //! A slot is handed out as part of a [`Run`] of consecutive ones, whole free chunks first, so
-//! that what is written together lies together. Slots that are given up pass through *limbo*: a
-//! read that looked its entry up earlier may still be under way to them. Each read notes the
-//! epoch it began in; a slot leaves limbo when every read of its epoch or before has ended.
+//! that what is written together lies together: first those that take room in the backing
+//! already, then ones that take none yet, as long as the volume takes no more than what it holds, a
+//! quarter and [16 MiB](SLACK_CHUNKS); then the longest hole of the emptiest chunk; then the
+//! other chunks.
+//!
+//! Slots that are given up pass through *limbo*: a read that looked its entry up earlier may still
+//! be under way to them. Each read notes the epoch it began in; a slot leaves limbo when every read
+//! of its epoch or before has ended.
 //!
 //! Map pages take their slots from chunks of their own, so that the space tree has to say
 //! nothing about pages: which slots hold pages is known from walking the trees.
@@ -60,27 +65,47 @@ impl Run {
 struct Chunk {
     bits: [u64; 4],
     used: u16,
+    /// Something was written there and not given back since: it takes room in the backing.
+    is_backed: bool,
 }
 
+/// Chunks that a volume may take in the backing beyond what it holds and a quarter.
+const SLACK_CHUNKS: u64 = 16;
+
 impl Chunk {
+    fn is_free(&self) -> bool {
+        self.used == 0
+    }
+
     /// The longest stretch of free slots, counted from the chunk's start.
     fn longest_hole(&self) -> Run {
-        let (mut longest, mut current) = (Run::default(), Run::default());
-        for bit in 0..CHUNK_SLOTS {
-            if self.bits[(bit / 64) as usize] & (1 << (bit % 64)) != 0 {
-                current = Run::default();
-                continue;
-            }
-            if current.len == 0 {
-                current.start = bit;
-            }
-            current.len += 1;
-            if current.len > longest.len {
-                longest = current;
+        if self.is_free() {
+            return Run {
+                start: 0,
+                len: CHUNK_SLOTS,
+            };
+        }
+        // After n steps the bits that are set are where stretches of more than n begin.
+        let mut starts = self.bits.map(|word| !word);
+        let mut hole = Run::default();
+        while let Some(start) = first_bit(&starts) {
+            hole.start = start;
+            hole.len += 1;
+            let [a, b, c, d] = starts;
+            let rest = [a >> 1 | b << 63, b >> 1 | c << 63, c >> 1 | d << 63, d >> 1];
+            let whole = self.bits.map(|word| !word);
+            // `rest` has the starts of the last step's stretches, one place earlier.
+            for ((start, rest), free) in starts.iter_mut().zip(rest).zip(whole) {
+                *start = rest & free;
             }
         }
-        longest
+        hole
     }
+}
+
+fn first_bit(words: &[u64; 4]) -> Option<u64> {
+    let (index, word) = (0..).zip(words).find(|(_, word)| **word != 0)?;
+    Some(index * 64 + u64::from(word.trailing_zeros()))
 }
 
 /// Ranks of chunks: none used, then eighths.
@@ -107,8 +132,14 @@ pub struct Space {
     geometry: Geometry,
     /// Chunks from `data_start` up to the highest one ever used.
     chunks: Vec<Chunk>,
-    /// Chunks below that with a free slot, by how full they are: see [`rank`].
+    /// Backed chunks below that with a free slot, by how full they are: see [`rank`].
     ranks: [BTreeSet<usize>; RANKS],
+    /// Chunks below that without backing, all free.
+    bare: BTreeSet<usize>,
+    /// Chunks with backing.
+    backed: u64,
+    /// Slots in use, set aside or in limbo.
+    used: u64,
     /// Slots set aside for pages.
     pages: BTreeSet<u64>,
     epoch: u64,
@@ -124,6 +155,9 @@ impl Space {
             geometry,
             chunks: Vec::new(),
             ranks: Default::default(),
+            bare: BTreeSet::new(),
+            backed: 0,
+            used: 0,
             pages: BTreeSet::new(),
             epoch: 0,
             reads: VecDeque::new(),
@@ -145,17 +179,23 @@ impl Space {
 
     fn touch(&mut self, index: usize) {
         while self.chunks.len() <= index {
-            self.ranks[0].insert(self.chunks.len());
+            self.bare.insert(self.chunks.len());
             self.chunks.push(Chunk::default());
         }
     }
 
     fn set_count(&mut self, index: usize, used: u16) {
-        let before = std::mem::replace(&mut self.chunks[index].used, used);
-        if rank(before) == rank(used) {
+        let chunk = &mut self.chunks[index];
+        let before = std::mem::replace(&mut chunk.used, used);
+        self.used = self.used + u64::from(used) - u64::from(before);
+        let was_backed = std::mem::replace(&mut chunk.is_backed, true);
+        if was_backed && rank(before) == rank(used) {
             return;
         }
-        if let Some(rank) = rank(before) {
+        if !was_backed {
+            self.backed += 1;
+            self.bare.remove(&index);
+        } else if let Some(rank) = rank(before) {
             self.ranks[rank].remove(&index);
         }
         if let Some(rank) = rank(used) {
@@ -188,17 +228,34 @@ impl Space {
         })
     }
 
-    /// Takes a run: a whole free chunk if there is one, else the longest hole of one of the
-    /// emptiest, so that what is written together still lies together on a volume that is full.
-    pub fn take_run(&mut self) -> Option<Run> {
+    /// Takes a run: see the module on which one. `garbage`: slots in use that will be given up soon.
+    pub fn take_run(&mut self, garbage: u64) -> Option<Run> {
+        let chunk = self
+            .free_chunk(self.used.saturating_sub(garbage))
+            .or_else(|| self.ranks.iter().find_map(|set| set.first().copied()))
+            .or_else(|| self.bare_chunk())?;
+        Some(self.take_hole_of(chunk))
+    }
+
+    /// A chunk that is free, unless that would be a bare one more than `live` slots are worth.
+    fn free_chunk(&mut self, live: u64) -> Option<usize> {
+        if let Some(index) = self.ranks[0].first() {
+            return Some(*index);
+        }
+        let worth = (live + live / 4).div_ceil(CHUNK_SLOTS) + SLACK_CHUNKS;
+        (self.backed < worth).then(|| self.bare_chunk()).flatten()
+    }
+
+    fn bare_chunk(&mut self) -> Option<usize> {
         let fresh = self.chunks.len() as u64 + self.geometry.data_start() < self.geometry.chunks;
-        if self.ranks[0].is_empty() && fresh {
+        if self.bare.is_empty() && fresh {
             self.touch(self.chunks.len());
         }
-        let index = self
-            .ranks
-            .iter()
-            .find_map(|chunks| chunks.first().copied())?;
+        self.bare.first().copied()
+    }
+
+    /// Takes the longest hole of a chunk.
+    fn take_hole_of(&mut self, index: usize) -> Run {
         let chunk = &mut self.chunks[index];
         let hole = chunk.longest_hole();
         for bit in hole.start..hole.start + hole.len {
@@ -207,10 +264,19 @@ impl Space {
         let used = chunk.used + hole.len as u16;
         self.set_count(index, used);
         let base = (self.geometry.data_start() + index as u64) * CHUNK_SLOTS;
-        Some(Run {
+        Run {
             start: base + hole.start,
             len: hole.len,
-        })
+        }
+    }
+
+    /// Free slots that [`Space::take_run`] would hand out before the volume takes more than its
+    /// share of the backing.
+    pub fn room(&self, garbage: u64) -> u64 {
+        let all = (self.geometry.chunks - self.geometry.data_start()) * CHUNK_SLOTS;
+        let live = self.used.saturating_sub(garbage);
+        let share = live + live / 4 + SLACK_CHUNKS * CHUNK_SLOTS;
+        all.min(share).saturating_sub(self.used)
     }
 
     /// Gives back a slot that no entry ever named.
@@ -338,39 +404,39 @@ mod tests {
     #[test]
     fn whole_chunks_come_first_then_holes() {
         let mut space = space();
-        let first = space.take_run().expect("a chunk");
+        let first = space.take_run(0).expect("a chunk");
         assert_eq!((first.start, first.len), (6 * 256, 256));
-        let _second = space.take_run().expect("a chunk");
-        let third = space.take_run().expect("a chunk");
-        assert_eq!(space.take_run(), None);
+        let _second = space.take_run(0).expect("a chunk");
+        let third = space.take_run(0).expect("a chunk");
+        assert_eq!(space.take_run(0), None);
         for slot in [first.start + 3, first.start + 4, third.start] {
             space.free_now(Slot(slot));
         }
         assert_eq!(
-            space.take_run(),
+            space.take_run(0),
             Some(Run {
                 start: first.start + 3,
                 len: 2
             })
         );
         assert_eq!(
-            space.take_run(),
+            space.take_run(0),
             Some(Run {
                 start: third.start,
                 len: 1
             })
         );
-        assert_eq!(space.take_run(), None);
+        assert_eq!(space.take_run(0), None);
         for slot in first.slots() {
             space.free_now(slot);
         }
-        assert_eq!(space.take_run(), Some(first));
+        assert_eq!(space.take_run(0), Some(first));
     }
 
     #[test]
     fn the_emptiest_chunk_and_its_longest_hole_come_first() {
         let mut space = space();
-        let runs: Vec<Run> = std::iter::from_fn(|| space.take_run()).collect();
+        let runs: Vec<Run> = std::iter::from_fn(|| space.take_run(0)).collect();
         let (full, empty) = (runs[0].start, runs[2].start);
         for slot in [full + 1, full + 2, full + 3, empty + 7].map(Slot) {
             space.free_now(slot);
@@ -379,16 +445,65 @@ mod tests {
             space.free_now(Slot(slot));
         }
         let run = |start, len| Some(Run { start, len });
-        assert_eq!(space.take_run(), run(empty + 100, 80));
-        assert_eq!(space.take_run(), run(full + 1, 3));
-        assert_eq!(space.take_run(), run(empty + 7, 1));
-        assert_eq!(space.take_run(), None);
+        assert_eq!(space.take_run(0), run(empty + 100, 80));
+        assert_eq!(space.take_run(0), run(full + 1, 3));
+        assert_eq!(space.take_run(0), run(empty + 7, 1));
+        assert_eq!(space.take_run(0), None);
+    }
+
+    #[test]
+    fn a_thin_volume_takes_holes_before_it_takes_much_more_than_it_holds() {
+        let mut space = Space::new(Geometry {
+            blocks: 1 << 20,
+            chunks: 4102,
+            log_chunks: 4,
+        });
+        let held: Vec<Run> = (0..100).filter_map(|_| space.take_run(0)).collect();
+        assert!(held.iter().all(|run| run.len == 256));
+        for slot in held.iter().flat_map(|run| run.slots()).step_by(10) {
+            space.free_now(slot);
+        }
+        // 90 chunks' worth is held: 113 and 16 may have backing. All of it is overwritten.
+        let mut garbage = 0;
+        let overwrite = |_| {
+            let run = space.take_run(garbage)?;
+            garbage += run.len;
+            Some(run)
+        };
+        let more: Vec<Run> = (0..60).filter_map(overwrite).collect();
+        let whole = more.iter().take_while(|run| run.len == 256).count();
+        assert_eq!(whole, 29);
+        assert!(more[whole..].iter().all(|run| run.len == 1));
+        // Rather a bare chunk than none.
+        while space.take_run(1 << 20).is_some_and(|run| run.len == 1) {}
+        assert_eq!(space.take_run(1 << 20).map(|run| run.len), Some(256));
+    }
+
+    #[test]
+    fn the_longest_hole_is_found_across_words() {
+        let mut chunk = Chunk {
+            bits: [u64::MAX; 4],
+            used: 256,
+            is_backed: true,
+        };
+        assert_eq!(chunk.longest_hole().len, 0);
+        for (from, to) in [(0, 3), (60, 70), (120, 200), (255, 256)] {
+            for bit in from..to {
+                chunk.bits[bit / 64] &= !(1 << (bit % 64));
+            }
+            chunk.used -= (to - from) as u16;
+        }
+        let hole = Run {
+            start: 120,
+            len: 80,
+        };
+        assert_eq!(chunk.longest_hole(), hole);
     }
 
     #[test]
     fn a_slot_is_not_reused_while_a_read_may_be_under_way_to_it() {
         let mut space = space();
-        while space.take_run().is_some() {}
+        while space.take_run(0).is_some() {}
         let slot = Slot(6 * 256 + 9);
         let early = space.begin_read();
         space.retire(vec![slot], false);
@@ -403,7 +518,7 @@ mod tests {
     #[test]
     fn a_read_that_began_later_does_not_hold_a_slot() {
         let mut space = space();
-        while space.take_run().is_some() {}
+        while space.take_run(0).is_some() {}
         let slot = Slot(6 * 256);
         space.retire(vec![slot], true);
         let late = space.begin_read();

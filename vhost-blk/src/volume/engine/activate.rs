@@ -304,7 +304,7 @@ impl Core {
         let needed = self.page_slots_needed(0, 0);
         let mut outcome = Ok(());
         while self.space.page_slots() < needed + PAGE_SLOTS_AHEAD {
-            let Some(run) = self.space.take_run() else {
+            let Some(run) = self.take_run() else {
                 outcome = outcome.and(Err(AttachError::Full));
                 break;
             };

@@ -130,6 +130,9 @@ pub(super) const PAGE_SLOTS_AHEAD: usize = 64;
 /// Deltas that are acknowledged and not committed, at most.
 pub(super) const OPEN_MAX: usize = 65_536;
 
+/// Slots that a commit which nobody asked for gives back at least.
+const ROOM_COMMIT_MIN: usize = 2048;
+
 impl Core {
     /// The state of a volume that was just opened.
     pub fn new(recovered: Recovered) -> Self {
@@ -372,7 +375,18 @@ impl Core {
 
     /// Takes a run for data.
     pub(super) fn take_run(&mut self) -> Option<Run> {
-        self.space.take_run()
+        self.space.take_run(self.garbage())
+    }
+
+    /// Slots that are given up once what is written is committed.
+    fn garbage(&self) -> u64 {
+        (self.open.len() + self.sealed.len()) as u64
+    }
+
+    /// Whether a commit is worth its barrier for the slots that it gives back: before there are
+    /// none left and everybody has to wait for it.
+    fn is_short_of_room(&self) -> bool {
+        self.open.len() >= ROOM_COMMIT_MIN && self.space.room(self.garbage()) < self.garbage()
     }
 
     /// Whether a commit or the end of reads could free slots.
@@ -396,6 +410,7 @@ impl Core {
             && (!self.flush_waiters.is_empty()
                 || self.open.len() >= self.open_max() / 2
                 || self.ring_pressure
+                || self.is_short_of_room()
                 || !self.starved.is_empty())
     }
 

@@ -25,7 +25,7 @@ use crate::volume::ring::{self, RingMemory};
 const EIO: i32 = 5;
 
 #[derive(Clone)]
-struct Bytes(Rc<RefCell<Vec<u8>>>);
+pub(super) struct Bytes(pub(super) Rc<RefCell<Vec<u8>>>);
 
 impl Payload for Bytes {
     fn load(&mut self, at: usize, into: &mut [u8]) -> Result<(), PayloadFault> {
@@ -42,15 +42,15 @@ impl Payload for Bytes {
 }
 
 /// A volume whose operations land when the test says so.
-struct Rig {
-    disk: Arc<SimDisk>,
-    volume: Volume,
-    lanes: Vec<Lane<Bytes>>,
-    held: Vec<(usize, Io)>,
-    done: Vec<Result<(), Failure>>,
+pub(super) struct Rig {
+    pub(super) disk: Arc<SimDisk>,
+    pub(super) volume: Volume,
+    pub(super) lanes: Vec<Lane<Bytes>>,
+    pub(super) held: Vec<(usize, Io)>,
+    pub(super) done: Vec<Result<(), Failure>>,
 }
 
-fn volume_on(geometry: Geometry) -> Arc<SimDisk> {
+pub(super) fn volume_on(geometry: Geometry) -> Arc<SimDisk> {
     let disk = Arc::new(SimDisk::new(geometry.backing_len()));
     create(
         &*disk,
@@ -62,21 +62,21 @@ fn volume_on(geometry: Geometry) -> Arc<SimDisk> {
     disk
 }
 
-fn fresh_ring(disk: &SimDisk, len: usize) -> Arc<SimRing> {
+pub(super) fn fresh_ring(disk: &SimDisk, len: usize) -> Arc<SimRing> {
     let id = recover(disk, &material()).expect("opens").superblock.id;
     let ring = SimRing::sized(len);
     ring::format_fresh(&*ring, &id).expect("large enough");
     ring
 }
 
-fn open(disk: &Arc<SimDisk>) -> Volume {
+pub(super) fn open(disk: &Arc<SimDisk>) -> Volume {
     let recovered = recover(&**disk, &material()).expect("opens");
     let backing: Arc<dyn Backing> = disk.clone();
     Volume::new(recovered, backing, Box::new(Quiet))
 }
 
 impl Rig {
-    fn serve(disk: &Arc<SimDisk>, ring: Option<Arc<SimRing>>, lanes: usize) -> Self {
+    pub(super) fn serve(disk: &Arc<SimDisk>, ring: Option<Arc<SimRing>>, lanes: usize) -> Self {
         let volume = open(disk);
         volume
             .attach(ring.map(|ring| ring as Arc<dyn RingMemory>))
@@ -93,7 +93,7 @@ impl Rig {
         }
     }
 
-    fn submit(&mut self, lane: usize, op: Op) {
+    pub(super) fn submit(&mut self, lane: usize, op: Op) {
         let len = match op {
             Op::Read { len, .. } | Op::Write { len, .. } => len as usize,
             _ => 0,
@@ -102,7 +102,7 @@ impl Rig {
         self.lanes[lane].submit(op, Bytes(Rc::new(RefCell::new(vec![byte; len]))));
     }
 
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             lane.on_wake();
             lane.turn();
@@ -116,7 +116,7 @@ impl Rig {
     }
 
     /// Lets one operation end: done, or as `error`.
-    fn land(&mut self, index: usize, error: Option<i32>) {
+    pub(super) fn land(&mut self, index: usize, error: Option<i32>) {
         let (lane, mut io) = self.held.remove(index);
         let moved = match (&mut io.kind, error) {
             (_, Some(errno)) => -errno,

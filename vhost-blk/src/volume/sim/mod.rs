@@ -15,6 +15,7 @@ mod world;
 mod attack_tests;
 mod crash_tests;
 mod fault_tests;
+mod space_tests;
 
 use std::cell::RefCell;
 

@@ -17,6 +17,13 @@ use crate::volume::space::Run;
 
 /// How often an interrupted or empty-handed operation is tried again.
 const PATIENCE: u8 = 8;
+/// With so many data writes of a lane under way, few blocks do not leave but gather in the staging
+/// buffer until one of them completes. A batch is otherwise only what one round of a queue found,
+/// and each write costs the backing about as much as ten blocks more. No timer: a lone write never
+/// waits, and the busier the backing, the longer the writes.
+const WRITES_UNDER_WAY: usize = 2;
+/// So many blocks leave at once.
+const STAGED_BLOCKS: usize = 32;
 
 /// One sealed block of a staging buffer.
 pub(super) struct Member {
@@ -195,8 +202,13 @@ impl<P: Payload> Lane<P> {
         }
     }
 
+    /// The end of a turn. What is staged leaves, unless it is little and enough writes are under
+    /// way: then it gathers more until one of them completes, which is the next turn.
     pub(super) fn emit_staging(&mut self) {
-        if let Some(staging) = self.staging.take() {
+        let is_kept = self.staging.as_ref().is_some_and(|staging| {
+            self.writes_under_way >= WRITES_UNDER_WAY && staging.members.len() < STAGED_BLOCKS
+        });
+        if !is_kept && let Some(staging) = self.staging.take() {
             self.emit_write(staging);
         }
     }
@@ -225,6 +237,7 @@ impl<P: Payload> Lane<P> {
         }
         let buffer = self.fitted(buffer);
         let offset = Slot(start).offset();
+        self.writes_under_way += 1;
         self.emit(
             FlightKind::Write(members),
             IoKind::Write {
@@ -284,6 +297,7 @@ impl<P: Payload> Lane<P> {
         match flight.kind {
             FlightKind::Read(plan) => self.read_landed(plan, outcome, buffer),
             FlightKind::Write(members) => {
+                self.writes_under_way -= 1;
                 let result = outcome.map_err(write_failure);
                 if !mutant::is(Mutant::EarlyAck) {
                     self.landed.push(Landed { members, result });

@@ -134,6 +134,8 @@ pub struct Lane<P> {
     unused: Vec<Slot>,
     to_commit: Vec<u32>,
     staging: Option<Staging>,
+    /// Data writes in the hands of the backing.
+    writes_under_way: usize,
     run: Run,
     pool: Pool,
     buffered: usize,
@@ -185,6 +187,7 @@ impl<P: Payload> Lane<P> {
             unused: Vec::new(),
             to_commit: Vec::new(),
             staging: None,
+            writes_under_way: 0,
             run: Run::default(),
             pool: Pool::default(),
             buffered: 0,
