@@ -166,9 +166,9 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))
 }
 
-/// The card's program. Under `cargo run`, cargo has built only the benchmarks: it is asked to build
+/// A card's program. Under `cargo run`, cargo has built only the benchmarks: it is asked to build
 /// the card the same way, so that old code is never measured by mistake.
-pub(crate) fn find_card(given: Option<&Path>) -> Result<PathBuf> {
+pub(crate) fn find_program(name: &str, given: Option<&Path>) -> Result<PathBuf> {
     if let Some(card) = given {
         if !card.is_file() {
             bail!(
@@ -182,7 +182,7 @@ pub(crate) fn find_card(given: Option<&Path>) -> Result<PathBuf> {
     let dir = own.parent().context("where this program is")?;
     if let (Some(cargo), Some(target)) = (std::env::var_os("CARGO"), dir.parent()) {
         let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--package", "vhost-blk", "--target-dir"]);
+        build.args(["build", "--quiet", "--package", name, "--target-dir"]);
         build.arg(target);
         build.arg("--manifest-path");
         build.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml"));
@@ -194,14 +194,18 @@ pub(crate) fn find_card(given: Option<&Path>) -> Result<PathBuf> {
             bail!("the card does not build");
         }
     }
-    let card = dir.join("vhost-blk");
+    let card = dir.join(name);
     if !card.is_file() {
         bail!(
-            "{} is not there: cargo build --release -p vhost-blk",
+            "{} is not there: cargo build --release -p {name}",
             card.display()
         );
     }
     Ok(card)
+}
+
+pub(crate) fn find_card(given: Option<&Path>) -> Result<PathBuf> {
+    find_program("vhost-blk", given)
 }
 
 /// A server under measurement. Its client goes first.

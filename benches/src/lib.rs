@@ -17,6 +17,8 @@
 //! `offload-benches scale` looks at one card alone on a volume that is far larger than its metadata
 //! cache: memory that it holds, reads that miss, time to open after a crash.
 //!
+//! `offload-benches net` compares the network card with passt: see [`net`].
+//!
 //! Modules, from the pure to the impure: [`job`] what is measured, [`stats`] medians and ratios,
 //! [`results`] what came out, [`table`] and [`chart`] how it is shown; [`client`] drives a server,
 //! [`server`] owns its process, [`target`] knows each peer's command line, [`fio`] runs the
@@ -27,6 +29,7 @@ pub mod chart;
 pub mod client;
 pub mod fio;
 pub mod job;
+pub mod net;
 pub mod results;
 pub mod scale;
 pub mod server;

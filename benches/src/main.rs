@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use offload_benches::{blk, scale};
+use offload_benches::{blk, net, scale};
 
 /// Benchmarks of the offload cards against peers
 #[derive(Debug, Parser)]
@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// The block card against qemu-storage-daemon, plain and LUKS, and against fio on the plain file
     Blk(blk::Options),
+    /// The network card against passt, without a guest
+    Net(net::Options),
     /// The block card on a very large volume: memory, reads that miss its cache, time to open
     Scale(scale::Options),
 }
@@ -23,6 +25,7 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Blk(options) => blk::run(&options),
+        Command::Net(options) => net::run(&options),
         Command::Scale(options) => scale::run(&options),
     }
 }
