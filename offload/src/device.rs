@@ -110,6 +110,12 @@ pub trait QueueHandler {
         let _ = io;
     }
 
+    /// Whether the handler has work left that it put off to let others have their turn: then the
+    /// loop goes on with a round, without sleeping.
+    fn has_more(&self) -> bool {
+        false
+    }
+
     /// When [`QueueHandler::wake`] is to be called at the latest, if ever (rate limits, timers).
     fn deadline(&self) -> Option<std::time::Instant> {
         None

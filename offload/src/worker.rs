@@ -6,7 +6,7 @@
 //!  completions ──► commands, wake ──► pop ≤ 64 chains ──► round_end ──► publish, one call
 //!  (≤ 512)                            batch_end                          │
 //!                                                                        ▼
-//!                             more to pop: submit, next round    else: ask for kicks, look again,
+//!                  more to pop, or to do: submit, next round    else: ask for kicks, look again,
 //!                                                                submit and wait (or deadline)
 //! ```
 //!
@@ -216,6 +216,12 @@ impl QueueIo<'_> {
     pub unsafe fn push(&mut self, entry: squeue::Entry, user_data: u64) {
         // SAFETY: the caller's promise is the one asked for.
         unsafe { self.engine.push(entry, user_data) }
+    }
+
+    /// Submits what was pushed now, not when the round ends: for a handler that is about to
+    /// compute for a while.
+    pub fn submit(&mut self) {
+        self.engine.submit();
     }
 
     /// Returns a chain with the number of bytes written to its device-writable part. No operation

@@ -71,6 +71,11 @@ impl Engine {
         unsafe { self.uring.push(entry.user_data(user_data & !RESERVED)) }
     }
 
+    pub(super) fn submit(&mut self) {
+        // An error is met again, and reported, when the round ends.
+        let _ = self.uring.submit();
+    }
+
     #[inline]
     pub(super) fn complete(&mut self, token: ChainToken, written: u32) {
         if let Some(queue) = &mut self.queue {
@@ -568,8 +573,9 @@ impl<H: QueueHandler> Rounds<H> {
     fn rest(&mut self, has_more: bool) -> io::Result<()> {
         let is_popping = self.is_popping();
         let Parts { engine, handler } = &mut *self.parts;
-        let has_more =
-            has_more || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
+        let has_more = has_more
+            || handler.has_more()
+            || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
         if has_more {
             return engine.uring.submit();
         }

@@ -254,7 +254,7 @@ impl<P: Payload> Lane<P> {
         let (first, count) = (piece.first, piece.count);
         core.touch(first, count);
         core.landing += count as usize;
-        self.to_seal.push(key);
+        self.to_seal.push_back(key);
     }
 
     fn erase(&mut self, core: &mut Core, key: u32) {

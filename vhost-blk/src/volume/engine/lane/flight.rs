@@ -45,6 +45,19 @@ pub(super) struct Landed {
     result: Result<(), Failure>,
 }
 
+/// A read that has ended.
+pub(super) struct Arrived {
+    plan: ReadPlan,
+    outcome: Result<(), i32>,
+    buffer: Buffer,
+}
+
+impl Arrived {
+    pub(super) fn blocks(&self) -> usize {
+        self.plan.blocks()
+    }
+}
+
 /// What an operation of the backing was for.
 pub(super) enum FlightKind {
     Read(ReadPlan),
@@ -127,7 +140,8 @@ impl<P: Payload> Lane<P> {
         let piece = &mut self.pieces[key as usize];
         piece.left -= 1;
         if piece.left == 0 {
-            self.over.push(key);
+            // A read holds no range, so it needs no lock to end.
+            self.finish_piece(key);
         }
     }
 
@@ -295,7 +309,17 @@ impl<P: Payload> Lane<P> {
                 .backing_failed(flight.kind.name(), errno);
         }
         match flight.kind {
-            FlightKind::Read(plan) => self.read_landed(plan, outcome, buffer),
+            FlightKind::Read(plan) => {
+                // The backing's copy is no longer looked at.
+                self.ended.push(plan.epoch);
+                if let Some(buffer) = buffer {
+                    self.to_open.push_back(Arrived {
+                        plan,
+                        outcome,
+                        buffer,
+                    });
+                }
+            }
             FlightKind::Write(members) => {
                 self.writes_under_way -= 1;
                 let result = outcome.map_err(write_failure);
@@ -341,9 +365,13 @@ impl<P: Payload> Lane<P> {
         self.out.push_back(Io { id, kind });
     }
 
-    fn read_landed(&mut self, plan: ReadPlan, outcome: Result<(), i32>, buffer: Option<Buffer>) {
-        self.ended.push(plan.epoch);
-        let Some(mut buffer) = buffer else { return };
+    /// Opens what was read and hands it to the guest.
+    pub(super) fn open_arrived(&mut self, arrived: Arrived) {
+        let Arrived {
+            plan,
+            outcome,
+            mut buffer,
+        } = arrived;
         let key = plan.piece;
         let piece = &mut self.pieces[key as usize];
         let is_merge = piece.kind != PieceKind::Read;

@@ -4,10 +4,13 @@
 //! lane's budget of buffered bytes allows; a piece becomes I/O. So neither a guest's request size
 //! nor its queue depth decides how much memory a card uses.
 //!
-//! [`Lane::turn`] does a batch in three steps: under the core's lock, everything that has landed
-//! is published and everything new gets its entries, ranges and slots; then, without the lock,
-//! data are copied and sealed into *staging* buffers, where the writes of a batch, of whichever
-//! requests, take consecutive slots and leave as one contiguous write; then I/O is emitted.
+//! A turn has two parts. [`Lane::advance`] takes the core's lock once: everything that has landed
+//! is published, everything new gets its entries, ranges and slots, and reads are emitted.
+//! [`Lane::work`] opens what was read and copies and seals what is to be written into *staging*
+//! buffers, where the writes of a batch, of whichever requests, take consecutive slots and leave
+//! as one contiguous write. It stops after some blocks, so that what is done is told and what is
+//! new is submitted while the rest waits: a guest and a disk that wait for the last of sixteen
+//! large requests before they go on stand still most of the time. [`Lane::turn`] does all there is.
 
 mod admit;
 mod flight;
@@ -19,7 +22,7 @@ use std::sync::Arc;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use self::flight::{Flight, Landed, Staging};
+use self::flight::{Arrived, Flight, Landed, Staging};
 use self::jobs::Job;
 use super::core::{Core, Event};
 use super::request::{Done, Io, Op, Payload};
@@ -123,8 +126,10 @@ pub struct Lane<P> {
     /// Pieces that wait for room; tried again when there is news.
     stalled: VecDeque<u32>,
     /// Pieces with slots, to be sealed.
-    to_seal: Vec<u32>,
+    to_seal: VecDeque<u32>,
     to_read: Vec<ReadPlan>,
+    /// Reads that have ended, to be opened.
+    to_open: VecDeque<Arrived>,
     landed: Vec<Landed>,
     /// Epochs of reads that ended.
     ended: Vec<u64>,
@@ -179,8 +184,9 @@ impl<P: Payload> Lane<P> {
             unissued: VecDeque::new(),
             admit: VecDeque::new(),
             stalled: VecDeque::new(),
-            to_seal: Vec::new(),
+            to_seal: VecDeque::new(),
             to_read: Vec::new(),
+            to_open: VecDeque::new(),
             landed: Vec::new(),
             ended: Vec::new(),
             over: Vec::new(),
@@ -240,14 +246,58 @@ impl<P: Payload> Lane<P> {
     /// Does everything that can be done now. To be called after requests, results or wakes.
     pub fn turn(&mut self) {
         loop {
+            self.advance();
+            self.work(usize::MAX);
+            if !self.has_work() {
+                break;
+            }
+        }
+    }
+
+    /// The first part of a turn: all but opening and sealing.
+    pub fn advance(&mut self) {
+        loop {
             self.issue();
             if !self.has_work() {
                 break;
             }
             self.locked();
-            self.unlocked();
+            for plan in std::mem::take(&mut self.to_read) {
+                self.emit_read(plan);
+            }
         }
-        self.emit_staging();
+    }
+
+    /// The second part of a turn: opens and seals, but stops when it has done `blocks` blocks.
+    pub fn work(&mut self, blocks: usize) {
+        let mut done = 0;
+        while done < blocks
+            && let Some(arrived) = self.to_open.pop_front()
+        {
+            done += arrived.blocks();
+            self.open_arrived(arrived);
+        }
+        // At least one, so that reads do not keep writes waiting.
+        while let Some(key) = self.to_seal.pop_front() {
+            done += self.pieces[key as usize].count as usize;
+            self.seal_piece(key);
+            if done >= blocks {
+                break;
+            }
+        }
+        if self.to_seal.is_empty() {
+            self.emit_staging();
+        }
+    }
+
+    /// Whether [`Lane::work`] has something to do.
+    pub fn has_blocks(&self) -> bool {
+        !(self.to_open.is_empty() && self.to_seal.is_empty())
+    }
+
+    /// Whether a turn would do something.
+    pub fn has_more(&self) -> bool {
+        self.has_blocks() || self.has_work()
     }
 
     fn has_work(&self) -> bool {
@@ -282,7 +332,11 @@ impl<P: Payload> Lane<P> {
 
     /// Operations and background jobs under way.
     pub fn is_idle(&self) -> bool {
-        self.tasks() == 0 && self.flights.is_empty() && self.jobs.is_empty() && self.out.is_empty()
+        self.tasks() == 0
+            && self.flights.is_empty()
+            && self.jobs.is_empty()
+            && self.out.is_empty()
+            && self.to_open.is_empty()
     }
 
     /// The most pieces that there were at a time.
@@ -417,16 +471,6 @@ impl<P: Payload> Lane<P> {
                 core.release_range(held);
             }
             self.finish_piece(key);
-        }
-    }
-
-    /// The part of a turn that copies and seals.
-    fn unlocked(&mut self) {
-        for plan in std::mem::take(&mut self.to_read) {
-            self.emit_read(plan);
-        }
-        for key in std::mem::take(&mut self.to_seal) {
-            self.seal_piece(key);
         }
     }
 }
