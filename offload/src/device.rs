@@ -116,6 +116,13 @@ pub trait QueueHandler {
         false
     }
 
+    /// The ring is to stop: no chain comes any more, and the stop waits for those held. What the
+    /// handler holds back by its own choice (rate limits) has to go on now. Called in each round
+    /// until the ring has stopped.
+    fn stopping(&mut self, io: &mut QueueIo<'_>) {
+        let _ = io;
+    }
+
     /// When [`QueueHandler::wake`] is to be called at the latest, if ever (rate limits, timers).
     fn deadline(&self) -> Option<std::time::Instant> {
         None

@@ -10,6 +10,7 @@
 //! | [`virtqueue`] | split virtqueues: popping chains, returning them, notifications |
 //! | [`inflight`] | the region that outlives a killed card (vhost-user INFLIGHT_SHMFD) |
 //! | [`worker`] | one thread and one io_uring a queue |
+//! | [`limit`] | operations and bytes a second, shared by queues |
 //! | [`telemetry`] | counters, latency histograms, logging set-up, rate-limited log lines |
 //! | [`control`] | the control socket: JSON lines, peer credentials |
 //! | [`cli`] | command-line conventions of vhost-user backends |
@@ -22,6 +23,7 @@ pub mod cli;
 pub mod control;
 pub mod device;
 pub mod inflight;
+pub mod limit;
 pub mod memory;
 pub mod sandbox;
 pub mod stop;

@@ -31,7 +31,7 @@
 //!
 //! # Stopping
 //! A stopped queue pops no more, but runs on until the handler holds no chain; only then it
-//! answers with its next available index. When the thread ends it also waits for every
+//! answers with its next available index; a handler that throttles is told to stop doing so. When the thread ends it also waits for every
 //! operation in the kernel. A handler that panics, or an io_uring that fails, ends the thread at
 //! once; what the kernel may still write to is then leaked rather than freed.
 //!

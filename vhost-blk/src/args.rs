@@ -1,5 +1,7 @@
 //! The command line.
 
+mod limits;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -8,6 +10,7 @@ use offload::cli::{SocketArgs, parse_size};
 use offload::sandbox::{Seccomp, User};
 use offload::telemetry::LogArgs;
 
+pub use self::limits::LimitArgs;
 use crate::volume::superblock::SERIAL_LEN;
 
 /// Largest queue size: what QEMU has.
@@ -34,6 +37,8 @@ pub enum Command {
     Create(CreateArgs),
     /// Serve a volume to a virtual machine
     Serve(Box<ServeArgs>),
+    /// Tell what a volume that is being served may use, or change it
+    Limits(LimitsArgs),
     /// Say what a volume is; without a key, what can be read without one
     Info(InfoArgs),
     /// Authenticate everything that a volume holds. Exit status: 0 clean, 1 damaged, 2 not checked
@@ -138,6 +143,26 @@ pub struct ServeArgs {
     /// What happens at a system call that the card is not known to need
     #[arg(long, value_enum, value_name = "MODE", default_value = "enforce")]
     pub seccomp: Seccomp,
+    /// What the volume may use.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+}
+
+/// `limits`.
+#[derive(Debug, Args)]
+pub struct LimitsArgs {
+    /// Control socket of the card
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Lift all limits
+    #[arg(long)]
+    pub none: bool,
+    /// New limits in place of all that there are; without any, they are told.
+    #[command(flatten)]
+    pub limits: LimitArgs,
 }
 
 /// `info`.
@@ -281,10 +306,27 @@ mod tests {
             ("--serial 012345678901234567890", "20"),
             ("--serial \u{e9}", "ASCII"),
             ("--user root", "numbers"),
+            ("--iops=-1", "--iops"),
+            ("--iops-burst 10", "--iops <N>"),
+            ("--iops 10 --iops-burst 20:x", "RATE:SECONDS"),
+            ("--iops 10 --iops-burst x", "N:SECONDS"),
+            ("--bps 10MB", "1024"),
+            ("--bps-burst 20M", "--bps <SIZE>"),
+            ("--io-size 16K", "--iops <N>"),
+            ("--iops 10 --io-size 1T", "too large"),
         ] {
             let error = serve(wrong).unwrap_err();
             assert!(error.contains(hint), "{wrong}: {error}");
         }
+        let limits = "--iops 10 --iops-burst 20:5 --bps 1M --bps-burst 2M --io-size 16K";
+        let Command::Serve(args) = serve(limits).unwrap().command else {
+            panic!()
+        };
+        let rates = args.limits.rates();
+        assert_eq!((rates.ops, rates.bytes), (Some(10), Some(1 << 20)));
+        assert_eq!(rates.ops_burst.map(|b| (b.rate, b.seconds)), Some((20, 5)));
+        assert_eq!(rates.bytes_burst.map(|b| b.rate), Some(2 << 20));
+        assert_eq!(rates.op_len, Some(16384));
         assert!(parse("create --size 10GB --key-file k v").is_err());
     }
 }

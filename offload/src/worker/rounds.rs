@@ -200,7 +200,11 @@ impl<H: QueueHandler> Rounds<H> {
             }
             self.wake();
             let has_more = self.pop();
+            let is_ending = self.stopping.is_some() || self.is_exiting;
             let Parts { engine, handler } = &mut *self.parts;
+            if is_ending {
+                handler.stopping(&mut QueueIo { engine });
+            }
             handler.round_end(&mut QueueIo { engine });
             self.publish();
             self.finish_stop();

@@ -8,6 +8,7 @@ mod create;
 mod export;
 mod import;
 mod info;
+mod limits;
 mod open;
 mod progress;
 mod pump;
@@ -25,6 +26,7 @@ pub fn run(command: Command) -> ExitCode {
     let result = match command {
         Command::Create(args) => create::run(&args).map(|()| 0),
         Command::Serve(args) => serve::run(&args).map(|()| 0),
+        Command::Limits(args) => limits::run(&args).map(|()| 0),
         Command::Info(args) => info::run(&args).map(|()| 0),
         Command::Check(args) => {
             failure = 2;

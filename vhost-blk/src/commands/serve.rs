@@ -14,15 +14,16 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use offload::cli::{Listener, format_size};
-use offload::control::ControlServer;
+use offload::control::{ControlError, ControlServer};
 use offload::sandbox::Sandbox;
 use offload::stop::StopSignal;
 use offload::telemetry::Registry;
 use offload::vhost_user::Backend;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::open::{id_text, serial_text, volume};
 use crate::args::ServeArgs;
+use crate::device::limits::{Limits, Wire};
 use crate::device::report::LogReporter;
 use crate::device::{BlockDevice, Settings};
 use crate::volume::backing::{Access, Backing};
@@ -37,6 +38,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         Some(_) => Some(args.socket.open()?),
         None => None,
     };
+    let limits = Limits::new(args.limits.rates()).context("the limits cannot be kept")?;
     let access = if args.read_only {
         Access::Read
     } else {
@@ -59,7 +61,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let reporter = Box::new(LogReporter::new(serial_text(&superblock.serial)));
     let as_backing = Arc::clone(&backing) as Arc<dyn Backing>;
     let volume = Volume::new(recovered, as_backing, reporter);
-    let device = Arc::new(BlockDevice::new(volume, backing, settings));
+    let device = Arc::new(BlockDevice::new(volume, backing, settings, limits));
 
     let registry = Registry::new("vhost_blk");
     device.register(&registry);
@@ -129,6 +131,8 @@ fn control(
 ) -> anyhow::Result<ControlServer> {
     let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
     let device = Arc::clone(device);
+    let limits = device.limits().clone();
+    let server = server.method("limits", move |params| change(&limits, params));
     Ok(server.method("volume", move |_| {
         let volume = device.volume();
         let phase = match volume.phase() {
@@ -143,6 +147,27 @@ fn control(
             "phase": phase,
         }))
     }))
+}
+
+/// The method `limits`: without parameters it tells the limits, with an object it puts that in their
+/// place. The answer is what is in force then.
+fn change(limits: &Limits, params: Value) -> Result<Value, ControlError> {
+    if !params.is_null() {
+        let wrong = |error: &dyn std::fmt::Display| {
+            ControlError::bad_params(format!(
+                "limits are an object of iops, iops_burst, bps, bps_burst and io_size: {error}"
+            ))
+        };
+        // A list would be read as a structure without names.
+        if !params.is_object() {
+            return Err(wrong(&"this is none"));
+        }
+        let wanted: Wire = serde_json::from_value(params).map_err(|error| wrong(&error))?;
+        let set = limits.set(wanted.into());
+        set.map_err(|error| ControlError::bad_params(error.to_string()))?;
+        tracing::info!("limits were changed: {:?}", limits.rates());
+    }
+    Ok(json!(Wire::from(limits.rates())))
 }
 
 fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {

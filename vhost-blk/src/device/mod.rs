@@ -6,6 +6,7 @@
 //! | [`config`] | features, configuration space, cache modes | no |
 //! | [`payload`] | a request's buffers in guest memory | no |
 //! | [`ring`] | the in-flight region as delta ring | no |
+//! | [`limits`] | operations and bytes a second | reads the clock |
 //! | [`driver`] | the engine's operations as io_uring entries | by its owner |
 //! | [`queue`] | a queue's requests from chain to status | through its thread's io_uring |
 //! | [`report`] | the engine's reports as log lines | |
@@ -19,6 +20,7 @@
 
 pub mod config;
 pub mod driver;
+pub mod limits;
 pub mod payload;
 pub mod queue;
 pub mod report;
@@ -36,6 +38,7 @@ use thiserror::Error;
 
 use self::config::{CacheMode, Config};
 use self::driver::Driver;
+use self::limits::Limits;
 use self::queue::{BlockQueue, Latencies};
 use self::request::Terms;
 use self::ring::RegionMemory;
@@ -72,6 +75,7 @@ pub(crate) struct State {
     volume: Volume,
     backing: Arc<FileBacking>,
     settings: Settings,
+    limits: Limits,
     acked: AtomicU64,
     is_writeback: AtomicBool,
     /// The driver's own choice of cache mode, for the in-flight region to remember.
@@ -119,8 +123,13 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// Shows `volume`, which lies in `backing`.
-    pub fn new(volume: Volume, backing: Arc<FileBacking>, settings: Settings) -> Self {
+    /// Shows `volume`, which lies in `backing` and may use what `limits` say.
+    pub fn new(
+        volume: Volume,
+        backing: Arc<FileBacking>,
+        settings: Settings,
+        limits: Limits,
+    ) -> Self {
         let each = 0..settings.queues;
         Self {
             stats: each.clone().map(|_| Arc::default()).collect(),
@@ -129,6 +138,7 @@ impl BlockDevice {
                 volume,
                 backing,
                 settings,
+                limits,
                 acked: AtomicU64::new(0),
                 is_writeback: AtomicBool::new(true),
                 choice: Mutex::default(),
@@ -140,6 +150,11 @@ impl BlockDevice {
     /// The counters of each queue.
     pub fn queue_stats(&self) -> &[Arc<QueueStats>] {
         &self.stats
+    }
+
+    /// What the volume may use.
+    pub fn limits(&self) -> &Limits {
+        &self.state.limits
     }
 
     /// The volume.
@@ -164,6 +179,7 @@ impl BlockDevice {
                 registry.histogram(name, help, labels, Arc::clone(histogram));
             }
         }
+        self.state.limits.register(registry);
         type Field = fn(&Stats) -> &AtomicU64;
         let fields: [(Field, &'static str, &'static str); 6] = [
             (
@@ -312,11 +328,13 @@ impl Device for BlockDevice {
             return Err(format!("there is no queue {index}").into());
         };
         let shared = Arc::clone(self.state.volume.shared());
+        let gate = self.state.limits.gate(waker.clone());
         let lane = Lane::new(shared, Arc::new(move || waker.wake()));
         Ok(BlockQueue::new(
             Arc::clone(&self.state),
             Arc::clone(stats),
             Arc::clone(latencies),
+            gate,
             lane,
             Driver::new(Arc::clone(&self.state.backing)),
         ))

@@ -1,15 +1,16 @@
 //! A queue's requests on their way through the volume: chain, request, engine, io_uring, status.
 //!
 //! ```text
-//!  Chain ──► request ──► Held (token, status address) ──► Lane::submit
-//!                          ▲                                  │ turn
-//!                          │ last part                        ▼
-//!  status, used ring ◄── end ◄── Lane::next_done      Lane::next_io ──► Driver ──► io_uring
+//!  Chain ──► request ──► gate ──► Held (token, status address) ──► Lane::submit
+//!                                   ▲                                  │ turn
+//!                                   │ last part                        ▼
+//!           status, used ring ◄── end ◄── Lane::next_done      Lane::next_io ──► Driver ──► io_uring
 //! ```
 //!
-//! Every chain that was taken is in `held` until it is completed, so `chains_held` is what the
-//! stop of a ring waits for. A request is one operation of the engine, or one a segment for
-//! DISCARD and WRITE_ZEROES; the worst of their outcomes is its status.
+//! Every chain that was taken is in `gate`, where it waits for the volume's limits, or in `held`
+//! until it is completed, so `chains_held` is what the stop of a ring waits for. A request is one
+//! operation of the engine, or one a segment for DISCARD and WRITE_ZEROES; the worst of their
+//! outcomes is its status.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::config::RANGES_MAX;
 use super::driver::Driver;
+use super::limits::{QueueGate, cost};
 use super::payload::{GuestPayload, View, gather};
 use super::request::{HEADER_LEN, RANGE_LEN, Refusal, Request, Shape, Status, parse, range, shape};
 use super::{QueueTerms, State};
@@ -34,7 +36,8 @@ use crate::volume::engine::{Failure, Lane, Op, Payload};
 /// then gets to the disk, while the rest is still being worked on; with many, fewer notifications.
 const WORK_BLOCKS: usize = 32;
 
-/// Latencies of one queue, from popping a chain to its status.
+/// Latencies of one queue, from popping a chain to its status; what throttled requests wait before
+/// is shown apart.
 #[derive(Debug, Default)]
 pub struct Latencies {
     /// IN.
@@ -50,6 +53,15 @@ enum Kind {
     Read,
     Write,
     Flush,
+}
+
+/// A request that waits for the volume's limits.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    chain: Chain,
+    request: Request,
+    shape: Shape,
+    view: View,
 }
 
 /// A request that the engine has.
@@ -71,6 +83,7 @@ pub struct BlockQueue {
     state: Arc<State>,
     stats: Arc<QueueStats>,
     latencies: Arc<Latencies>,
+    gate: QueueGate<Waiting>,
     lane: Lane<GuestPayload>,
     driver: Driver,
     held: Slab<Held>,
@@ -82,6 +95,7 @@ impl BlockQueue {
         state: Arc<State>,
         stats: Arc<QueueStats>,
         latencies: Arc<Latencies>,
+        gate: QueueGate<Waiting>,
         lane: Lane<GuestPayload>,
         driver: Driver,
     ) -> Self {
@@ -89,6 +103,7 @@ impl BlockQueue {
             state,
             stats,
             latencies,
+            gate,
             lane,
             driver,
             held: Slab::new(),
@@ -117,24 +132,57 @@ impl BlockQueue {
     }
 
     fn take(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
-        let Chain {
-            token,
-            readable,
-            writable,
-        } = chain;
-        let Some(shape) = shape(&readable, &writable) else {
+        let Some(shape) = shape(&chain.readable, &chain.writable) else {
             self.stats.error(ErrorKind::Invalid);
-            io.complete(token, 0);
+            io.complete(chain.token, 0);
             return;
         };
         let terms = self.state.terms();
-        match self.understand(&readable, &shape, &terms) {
-            Ok(request) => self.start(token, request, &shape, &terms, readable, writable, io),
+        match self.understand(&chain.readable, &shape, &terms) {
+            Ok(request) if self.gate.is_open() => self.start(chain, request, &shape, &terms, io),
+            Ok(request) => self.queue_up(chain, request, shape, &terms, io),
             Err(refusal) => {
                 self.stats.error(refusal.kind);
-                self.answer(io, token, shape.status_at, refusal.status, 0);
+                self.answer(io, chain.token, shape.status_at, refusal.status, 0);
             }
         }
+    }
+
+    /// Starts a request when the volume's limits allow, which may be now.
+    fn queue_up(
+        &mut self,
+        chain: Chain,
+        request: Request,
+        shape: Shape,
+        terms: &QueueTerms,
+        io: &mut QueueIo<'_>,
+    ) {
+        let Some(cost) = cost(&request, terms.request.is_read_only) else {
+            return self.start(chain, request, &shape, terms, io);
+        };
+        let waiting = Waiting {
+            chain,
+            request,
+            shape,
+            view: Rc::clone(&self.view),
+        };
+        if let Some(waiting) = self.gate.offer(waiting, cost) {
+            self.start_waiting(waiting, io);
+        }
+    }
+
+    fn start_waiting(&mut self, waiting: Waiting, io: &mut QueueIo<'_>) {
+        let Waiting {
+            chain,
+            request,
+            shape,
+            view,
+        } = waiting;
+        let terms = self.state.terms();
+        // A chain keeps the memory that it came with.
+        let current = std::mem::replace(&mut self.view, view);
+        self.start(chain, request, &shape, &terms, io);
+        self.view = current;
     }
 
     fn understand(
@@ -148,17 +196,19 @@ impl BlockQueue {
         parse(header.get(..got).unwrap_or_default(), shape, &terms.request)
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn start(
         &mut self,
-        token: ChainToken,
+        chain: Chain,
         request: Request,
         shape: &Shape,
         terms: &QueueTerms,
-        readable: Segments,
-        writable: Segments,
         io: &mut QueueIo<'_>,
     ) {
+        let Chain {
+            token,
+            readable,
+            writable,
+        } = chain;
         let none = Segments::new();
         let (op, kind, segments, skip) = match request {
             Request::In { len: 0, .. } | Request::Out { len: 0, .. } => {
@@ -341,15 +391,27 @@ impl QueueHandler for BlockQueue {
         self.lane.on_wake();
     }
 
-    fn round_end(&mut self, io: &mut QueueIo<'_>) {
-        self.lane.advance();
-        if self.lane.has_blocks() {
-            if self.start_io(io) {
-                // The disk can work meanwhile.
-                io.submit();
-            }
-            self.lane.work(WORK_BLOCKS);
+    fn stopping(&mut self, io: &mut QueueIo<'_>) {
+        while let Some(waiting) = self.gate.next_unlimited() {
+            self.start_waiting(waiting, io);
         }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.gate.deadline()
+    }
+
+    fn round_end(&mut self, io: &mut QueueIo<'_>) {
+        while let Some(waiting) = self.gate.next() {
+            self.start_waiting(waiting, io);
+        }
+        self.lane.advance();
+        if self.lane.has_blocks() && self.start_io(io) {
+            // The disk can work meanwhile.
+            io.submit();
+        }
+        // Also without blocks: writes that were gathered leave when one before them has landed.
+        self.lane.work(WORK_BLOCKS);
         self.start_io(io);
         while let Some(done) = self.lane.next_done() {
             self.end(&done.payload, done.result, io);
@@ -361,6 +423,6 @@ impl QueueHandler for BlockQueue {
     }
 
     fn chains_held(&self) -> usize {
-        self.held.len()
+        self.held.len() + self.gate.len()
     }
 }
