@@ -9,6 +9,7 @@
 //! | [`lab`] | a temporary folder with keys and volumes, and the `vhost-blk` commands on them |
 //! | [`guest`] | a running VM, and conversations with it |
 //! | [`stamp`] | sectors that tell what they are; shared with `stamper`, which runs in the guest |
+//! | [`tools`] | a disk with large programs of the host |
 //!
 //! All guests run on TCG, so that the tests need no /dev/kvm. `OFFLOAD_QEMU` names another QEMU than the
 //! one in PATH, `OFFLOAD_QEMU_DATA` its firmware folders, separated by colons. `OFFLOAD_SEED` decides
@@ -18,3 +19,4 @@ pub mod binaries;
 pub mod guest;
 pub mod lab;
 pub mod stamp;
+pub mod tools;

@@ -18,7 +18,7 @@ use super::protocol::{ControlError, ControlErrorKind, parse_request};
 use super::session::Session;
 use crate::cli::{SocketError, SocketFile, bind_socket};
 use crate::stop::{StopSignal, timespec};
-use crate::telemetry::{RateLimited, Registry};
+use crate::telemetry::{RateLimited, Registry, shown};
 
 /// Clients served at once; one more is told to come back later.
 pub const MAX_CONNECTIONS: usize = 16;
@@ -261,7 +261,7 @@ impl Loop {
 
     fn complain(&mut self, now: Instant, what: fmt::Arguments<'_>) {
         if let Some(suppressed) = self.complaints.allow(now) {
-            tracing::warn!(suppressed, "control socket: {what}");
+            tracing::warn!(suppressed = shown(suppressed), "control socket: {what}");
         }
     }
 }

@@ -21,6 +21,6 @@ mod stats;
 
 pub use histogram::{Histogram, HistogramSnapshot};
 pub use logging::{LOG_ENV, LogArgs, LogFormat, LoggingError, init_logging};
-pub use rate_limit::RateLimited;
+pub use rate_limit::{RateLimited, shown};
 pub use registry::{Labels, Registry};
 pub use stats::{Counter, ErrorKind, QueueStats};

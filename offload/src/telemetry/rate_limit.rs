@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 /// noisy guest does not hide the lines of a quiet one.
 ///
 /// ```
-/// # use offload::telemetry::RateLimited;
+/// # use offload::telemetry::{RateLimited, shown};
 /// # use std::time::{Duration, Instant};
 /// let mut limit = RateLimited::new(5, Duration::from_secs(10));
 /// if let Some(suppressed) = limit.allow(Instant::now()) {
-///     tracing::warn!(suppressed, "the guest sent a descriptor loop");
+///     tracing::warn!(suppressed = shown(suppressed), "the guest sent a descriptor loop");
 /// }
 /// ```
 #[derive(Clone, Debug)]
@@ -47,6 +47,16 @@ impl RateLimited {
         // An interval that no Instant can hold never ends; staying put would let all through.
         self.next = Some(next.checked_add(self.interval).unwrap_or(next + FAR));
         Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+/// A count of lines held back as a field of a log line, which has none if none were.
+#[must_use]
+pub const fn shown(suppressed: u64) -> Option<u64> {
+    if suppressed > 0 {
+        Some(suppressed)
+    } else {
+        None
     }
 }
 

@@ -19,7 +19,7 @@ use super::protocol::{F_PROTOCOL_FEATURES, Offer, Protocol};
 use super::socket::Socket;
 use crate::device::Device;
 use crate::stop::StopSignal;
-use crate::telemetry::{QueueStats, RateLimited};
+use crate::telemetry::{QueueStats, RateLimited, shown};
 use crate::worker::{QueueThread, WorkerError};
 
 /// What the house adds to [`Device::features`].
@@ -200,13 +200,13 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
             has_config: !device.config().is_empty(),
         });
         if let Some(suppressed) = log.allow(Instant::now()) {
-            info!(suppressed, "a frontend has connected");
+            info!(suppressed = shown(suppressed), "a frontend has connected");
         }
         let mut report = |request: u32, error: &RequestError| {
             if let Some(suppressed) = log.allow(Instant::now()) {
                 warn!(
                     request,
-                    suppressed,
+                    suppressed = shown(suppressed),
                     "a frontend's request failed: {}",
                     chain(error)
                 );
@@ -225,7 +225,7 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
             End::Stopped => {}
             End::Left => {
                 if let Some(suppressed) = log.allow(Instant::now()) {
-                    info!(suppressed, "the frontend has left");
+                    info!(suppressed = shown(suppressed), "the frontend has left");
                 }
             }
             End::Request {
@@ -234,7 +234,11 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
             } => return Err(error.into()),
             End::Socket(_) | End::Request { .. } => {
                 if let Some(suppressed) = log.allow(Instant::now()) {
-                    warn!(suppressed, "the frontend is disconnected: {}", chain(&end));
+                    warn!(
+                        suppressed = shown(suppressed),
+                        "the frontend is disconnected: {}",
+                        chain(&end)
+                    );
                 }
             }
         }

@@ -44,10 +44,15 @@ pub fn id_text(id: &VolumeId) -> String {
     uuid::Uuid::from_bytes(*id).to_string()
 }
 
-/// A serial number without its padding.
+/// A serial number without its padding. It may be a stranger's, and goes to terminals and logs: what
+/// is not printable ASCII is shown as `?`.
 pub fn serial_text(serial: &[u8; SERIAL_LEN]) -> String {
-    let text = serial.split(|byte| *byte == 0).next().unwrap_or_default();
-    String::from_utf8_lossy(text).into_owned()
+    let text = serial.iter().take_while(|byte| **byte != 0);
+    text.map(|byte| match byte {
+        b' '..=b'~' => char::from(*byte),
+        _ => '?',
+    })
+    .collect()
 }
 
 /// Refuses to write over the key that the command was given.
@@ -65,4 +70,17 @@ pub(super) fn spare_the_key(key: &KeyArgs, target: &Path) -> anyhow::Result<()> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_number_cannot_write_to_a_terminal() {
+        assert_eq!(serial_text(b"vol-0123456789abcdef"), "vol-0123456789abcdef");
+        assert_eq!(serial_text(b"v\0lost\0\0\0\0\0\0\0\0\0\0\0\0\0\0"), "v");
+        let hostile = serial_text(b"\x1b]0;owned\x07\r\n\xff\x9b2J \x7f~~");
+        assert_eq!(hostile, "?]0;owned?????2J ?~~");
+    }
 }

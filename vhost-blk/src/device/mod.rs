@@ -279,7 +279,7 @@ impl Device for BlockDevice {
 
     fn inflight_create(&self, extra: &SharedRegion) -> Result<(), DeviceError> {
         let volume = &self.state.volume;
-        if volume.phase() == Phase::Serving {
+        if volume.phase() == Phase::Serving && !volume.shared().is_poisoned() {
             volume.settle()?;
         }
         let memory = RegionMemory(Arc::new(extra.clone()));
@@ -288,6 +288,12 @@ impl Device for BlockDevice {
 
     fn start(&self, extra: Option<Arc<SharedRegion>>) -> Result<(), DeviceError> {
         if self.state.settings.is_read_only {
+            return Ok(());
+        }
+        if self.state.volume.shared().is_poisoned() {
+            // What is acknowledged can still be read. The ring stays as it is: the next card process
+            // takes over what it holds.
+            tracing::warn!("the volume failed earlier: this frontend can read it, not write to it");
             return Ok(());
         }
         if extra.is_none() && !self.state.has_warned.swap(true, Ordering::Relaxed) {

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use offload::telemetry::RateLimited;
+use offload::telemetry::{RateLimited, shown};
 
 use crate::volume::engine::Reporter;
 use crate::volume::geometry::BLOCK_LEN;
@@ -42,7 +42,7 @@ impl Reporter for LogReporter {
     fn not_authentic(&self, block: u64) {
         if let Some(suppressed) = allow(&self.damage) {
             tracing::error!(
-                suppressed = (suppressed > 0).then_some(suppressed),
+                suppressed = shown(suppressed),
                 "block {block} (byte offset {}) of volume {} does not authenticate: the backing \
                  was changed; the guest gets an I/O error",
                 block.saturating_mul(BLOCK_LEN as u64),
@@ -55,7 +55,7 @@ impl Reporter for LogReporter {
         if let Some(suppressed) = allow(&self.failures) {
             let error = std::io::Error::from_raw_os_error(errno);
             tracing::error!(
-                suppressed = (suppressed > 0).then_some(suppressed),
+                suppressed = shown(suppressed),
                 "the backing of volume {} failed while {what}: {error}",
                 self.volume,
             );

@@ -59,6 +59,9 @@ pub const TABLE_MAX: usize = (COPY_LEN - BLOCK_LEN) / TABLE_ENTRY_LEN;
 /// Bytes of a serial number (virtio 1.3, 5.2.6: VIRTIO_BLK_T_GET_ID).
 pub const SERIAL_LEN: usize = 20;
 
+/// Above what generations and batches can be counted to. Sums of one below it do not overflow.
+pub const COUNTER_MAX: u64 = 1 << 62;
+
 const KEY_SLOTS_AT: usize = 512;
 const TAG_AT: usize = BLOCK_LEN - TAG_LEN;
 const FLAG_CLEAN: u32 = 1;
@@ -337,6 +340,9 @@ impl Superblock {
                 &array_at(image, TAG_AT),
             )
             .map_err(|_| SuperblockError::Tag)?;
+        if u64_at(copy, 32) > COUNTER_MAX || u64_at(copy, 80) > COUNTER_MAX {
+            return Err(SuperblockError::Field("generation or batch"));
+        }
         let geometry = Geometry {
             blocks: u64_at(copy, 56),
             chunks: u64_at(copy, 64),

@@ -200,19 +200,32 @@ impl Card {
         std::fs::remove_file(&self.log).unwrap();
     }
 
-    /// SIGTERM; it must end cleanly.
+    /// kill -9, of a process that may have to wait for its I/O before it is gone.
+    pub fn kill_without_waiting(mut self) {
+        self.child.kill().unwrap();
+        std::fs::remove_file(&self.log).unwrap();
+        std::thread::spawn(move || drop(self));
+    }
+
+    /// SIGTERM; how it ended.
     #[track_caller]
-    pub fn stop(mut self) {
+    pub fn terminate(&mut self) -> std::process::ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let end = Instant::now() + PATIENCE;
-        let status = loop {
+        loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
+                return status;
             }
             assert!(Instant::now() < end, "the card does not stop");
             std::thread::sleep(Duration::from_millis(5));
-        };
+        }
+    }
+
+    /// SIGTERM; it must end cleanly.
+    #[track_caller]
+    pub fn stop(mut self) {
+        let status = self.terminate();
         assert!(status.success(), "{status:?}: {}", self.log());
         assert!(!self.log().contains("panicked"), "{}", self.log());
         std::fs::remove_file(&self.log).unwrap();

@@ -28,7 +28,7 @@ use crate::volume::mutant::{self, Mutant};
 use crate::volume::ring::{self, RingError, RingMemory, RingState, RingWriter};
 use crate::volume::slot_reader::SlotReader;
 use crate::volume::space::Run;
-use crate::volume::superblock::{KeyEntry, TABLE_MAX, session_context};
+use crate::volume::superblock::{COUNTER_MAX, KeyEntry, TABLE_MAX, session_context};
 
 /// Why a volume cannot be made writable.
 #[derive(Debug, Error)]
@@ -186,7 +186,8 @@ impl Core {
             }
             last_batch = last_batch.max(delta.batch);
             let block = delta.block.0;
-            if block >= self.geometry.blocks || delta.entry.session() != session_id {
+            let is_possible = block < self.geometry.blocks && delta.batch <= COUNTER_MAX;
+            if !is_possible || delta.entry.session() != session_id {
                 return Err(AttachError::RingMismatch(block));
             }
             let known = newest

@@ -78,7 +78,6 @@ impl Shared {
     }
 
     /// Whether a failure ended writing.
-    #[cfg(test)]
     pub(crate) fn is_poisoned(&self) -> bool {
         self.lock().is_poisoned
     }
