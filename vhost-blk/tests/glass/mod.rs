@@ -426,7 +426,8 @@ impl Server {
                     .filter(|i| due(&self.pending[*i]))
                     .collect();
                 // More may come while it is being thought about.
-                if !due.is_empty() && !(is_ready && random.one_in(2)) {
+                let waits = is_ready && random.one_in(2);
+                if !due.is_empty() && !waits {
                     chosen.push(self.pending.remove(random.pick(&due)));
                 }
             }
