@@ -81,6 +81,12 @@ pub trait Device: Send + Sync + 'static {
     /// All rings are stopped and the frontend has left or was dropped.
     fn stop(&self);
 
+    /// For how long a queue's thread may look for its next event before it sleeps, if events have
+    /// been coming that quickly. Zero: never.
+    fn poll_limit(&self) -> std::time::Duration {
+        std::time::Duration::ZERO
+    }
+
     /// Makes the handler of queue `index` (`0..queue_count()`), on the queue's own thread, once
     /// for each start of the process. `waker` makes the queue's loop call
     /// [`QueueHandler::wake`], from any thread.

@@ -514,6 +514,13 @@ impl Virtqueue {
         !self.resubmit.is_empty() || self.next_avail != self.seen_avail || self.look()
     }
 
+    /// Whether [`Self::pop`] has something to give. Asks for no kick.
+    #[inline]
+    pub fn has_next(&mut self) -> bool {
+        self.fault.is_none()
+            && (!self.resubmit.is_empty() || self.next_avail != self.seen_avail || self.look())
+    }
+
     /// Takes a new memory map into use. The old one lives on until the chains that came with it
     /// are returned. If the rings are not in the new one, the queue is broken.
     pub fn set_memory(&mut self, memory: Arc<GuestMemory>) {

@@ -36,8 +36,8 @@
 //! once; what the kernel may still write to is then leaked rather than freed.
 //!
 //! # Polling
-//! Busy polling with a time limit would go between "ask for kicks" and "wait" in
-//! `rounds::Rounds::rest`. There is none: an idle queue costs nothing.
+//! A device may allow a queue to look for its next event for some microseconds before it sleeps
+//! ([`Device::poll_limit`]). When that is worth it is told in `patience`. An idle queue sleeps.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -54,6 +54,7 @@ use crate::memory::GuestMemory;
 use crate::telemetry::QueueStats;
 use crate::virtqueue::{RingError, RingLayout};
 
+mod patience;
 mod rounds;
 mod uring;
 
@@ -274,9 +275,10 @@ impl QueueThread {
             let waker = Waker {
                 doorbell: Arc::clone(&bell),
             };
+            let poll_limit = device.poll_limit();
             let made = Engine::new(stats).map_err(setup).and_then(|engine| {
                 match device.queue(index, waker) {
-                    Ok(handler) => Ok(Rounds::new(index, engine, handler, bell, inbox)),
+                    Ok(handler) => Ok(Rounds::new(index, engine, handler, bell, inbox, poll_limit)),
                     Err(source) => Err(WorkerError::Handler {
                         queue: index,
                         source,

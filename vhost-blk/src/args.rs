@@ -17,6 +17,7 @@ use crate::volume::superblock::SERIAL_LEN;
 const QUEUE_SIZE_MAX: u16 = 1024;
 /// Most queues.
 const QUEUES_MAX: u16 = 64;
+const POLL_US_MAX: u64 = 1000;
 
 /// Encrypted, authenticated volumes for virtual machines, served over vhost-user.
 #[derive(Debug, Parser)]
@@ -131,6 +132,11 @@ pub struct ServeArgs {
     /// Largest size of a virtqueue that is accepted, a power of two up to 1024
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     pub queue_size: u16,
+    /// Look for a queue's next event for up to this many microseconds before sleeping, while
+    /// events come that quickly; 0: never
+    #[arg(long, value_name = "N", default_value_t = 32,
+        value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX))]
+    pub poll_us: u64,
     /// Serial number that the guest sees, up to 20 ASCII characters; the volume's own if left out
     #[arg(long, value_parser = serial)]
     pub serial: Option<[u8; SERIAL_LEN]>,

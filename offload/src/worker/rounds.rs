@@ -12,6 +12,7 @@ use io_uring::{cqueue, opcode, squeue, types};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
+use super::patience::{Patience, Wait};
 use super::uring::Uring;
 use super::{Command, Doorbell, QueueIo, RingConfig, WorkerError};
 use crate::device::{ChainToken, QueueHandler};
@@ -156,6 +157,7 @@ pub(super) struct Rounds<H> {
     is_enabled: bool,
     stopping: Option<Sender<Result<u16, WorkerError>>>,
     is_exiting: bool,
+    patience: Patience,
     has_shut_down: bool,
     is_doorbell_armed: bool,
     has_logged_fault: bool,
@@ -171,6 +173,7 @@ impl<H: QueueHandler> Rounds<H> {
         handler: H,
         doorbell: Arc<Doorbell>,
         inbox: Receiver<Command>,
+        poll_limit: Duration,
     ) -> Self {
         Self {
             index,
@@ -183,6 +186,7 @@ impl<H: QueueHandler> Rounds<H> {
             is_enabled: false,
             stopping: None,
             is_exiting: false,
+            patience: Patience::new(poll_limit),
             has_shut_down: false,
             is_doorbell_armed: false,
             has_logged_fault: false,
@@ -200,6 +204,7 @@ impl<H: QueueHandler> Rounds<H> {
             }
             self.wake();
             let has_more = self.pop();
+            self.patience.end(Instant::now);
             let is_ending = self.stopping.is_some() || self.is_exiting;
             let Parts { engine, handler } = &mut *self.parts;
             if is_ending {
@@ -576,10 +581,13 @@ impl<H: QueueHandler> Rounds<H> {
     /// Submits, and sleeps if there is nothing to do.
     fn rest(&mut self, has_more: bool) -> io::Result<()> {
         let is_popping = self.is_popping();
+        let has_more = has_more || self.parts.handler.has_more();
+        if !has_more && self.look(is_popping)? {
+            return self.parts.engine.uring.submit();
+        }
         let Parts { engine, handler } = &mut *self.parts;
-        let has_more = has_more
-            || handler.has_more()
-            || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
+        let has_more =
+            has_more || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
         if has_more {
             return engine.uring.submit();
         }
@@ -591,5 +599,31 @@ impl<H: QueueHandler> Rounds<H> {
             timeout = Some(interval);
         }
         engine.uring.wait(timeout)
+    }
+
+    /// Before sleeping: looks for a while if events have been coming quickly. Whether there is
+    /// something to do.
+    fn look(&mut self, is_popping: bool) -> io::Result<bool> {
+        let Parts { engine, .. } = &mut *self.parts;
+        let wait = match engine.pending {
+            0 => Wait::Guest,
+            _ => Wait::Kernel,
+        };
+        let Some(until) = self.patience.begin(wait, Instant::now) else {
+            return Ok(false);
+        };
+        engine.uring.submit()?;
+        loop {
+            // A doorbell, too, is a completion.
+            if engine.uring.has_news()
+                || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::has_next)
+            {
+                return Ok(true);
+            }
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
     }
 }

@@ -119,6 +119,15 @@ impl Uring {
         ignore_passing(self.ring.submitter().submit_with_args(1, &args))
     }
 
+    /// Whether there are completions, or the kernel has some to deliver at the next call.
+    #[inline]
+    pub(super) fn has_news(&mut self) -> bool {
+        let sq = self.ring.submission();
+        let has_some = sq.taskrun() || sq.cq_overflow();
+        drop(sq);
+        has_some || !self.ring.completion().is_empty()
+    }
+
     /// Takes completions that are there, as many as fit.
     #[inline]
     pub(super) fn completions<'b>(

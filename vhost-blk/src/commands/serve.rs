@@ -11,6 +11,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use offload::cli::{Listener, format_size};
@@ -52,6 +53,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         queues: args.queues,
         queue_size: args.queue_size,
         serial: args.serial.unwrap_or(superblock.serial),
+        poll_limit: Duration::from_micros(args.poll_us),
     };
     let (id, size) = (
         id_text(&superblock.id),

@@ -29,6 +29,7 @@ pub mod ring;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use offload::device::{Device, DeviceError};
 use offload::inflight::SharedRegion;
@@ -68,6 +69,8 @@ pub struct Settings {
     pub queue_size: u16,
     /// What GET_ID answers, zero-padded.
     pub serial: [u8; SERIAL_LEN],
+    /// For how long a queue may look for its next event before it sleeps.
+    pub poll_limit: Duration,
 }
 
 /// What all queues share.
@@ -326,6 +329,10 @@ impl Device for BlockDevice {
 
     fn stop(&self) {
         self.settle();
+    }
+
+    fn poll_limit(&self) -> Duration {
+        self.state.settings.poll_limit
     }
 
     fn queue(&self, index: u16, waker: Waker) -> Result<BlockQueue, DeviceError> {
