@@ -50,6 +50,15 @@ impl Entry {
         }
     }
 
+    /// The entry of the same sealed bytes at another slot.
+    pub fn moved_to(self, slot: Slot) -> Self {
+        debug_assert!(!self.is_hole() && slot.0 <= SEQUENCE_MAX);
+        Self {
+            slot: slot.0,
+            ..self
+        }
+    }
+
     /// Whether there is nothing behind it.
     pub const fn is_hole(&self) -> bool {
         self.session == 0

@@ -26,6 +26,12 @@ pub enum Mutant {
     SameSession,
     /// Only one superblock copy is ever written.
     OneSuperblock,
+    /// The old place of a moved block is freed before the commit of the new one.
+    MoveEarlyFree,
+    /// A moved block is published without looking whether it was written meanwhile.
+    MoveBlindly,
+    /// A moved block is published before it has landed.
+    MoveUnwritten,
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@
 //! Map pages take their slots from chunks of their own, so that the space tree has to say
 //! nothing about pages: which slots hold pages is known from walking the trees.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 
 use super::geometry::{CHUNK_SLOTS, Geometry, Slot};
 
@@ -71,6 +71,11 @@ struct Chunk {
 
 /// Chunks that a volume may take in the backing beyond what it holds and a quarter.
 const SLACK_CHUNKS: u64 = 16;
+
+/// Chunks that are emptied in one walk over the map.
+const VICTIMS_MAX: usize = 1 << 16;
+/// Ranks of chunks that are less than three quarters full.
+const SPARSE_RANKS: usize = 7;
 
 impl Chunk {
     fn is_free(&self) -> bool {
@@ -140,6 +145,8 @@ pub struct Space {
     backed: u64,
     /// Slots in use, set aside or in limbo.
     used: u64,
+    /// Chunks to be emptied: where blocks are moved away from, and not to.
+    victims: HashSet<usize, foldhash::fast::RandomState>,
     /// Slots set aside for pages.
     pages: BTreeSet<u64>,
     epoch: u64,
@@ -158,6 +165,7 @@ impl Space {
             bare: BTreeSet::new(),
             backed: 0,
             used: 0,
+            victims: HashSet::default(),
             pages: BTreeSet::new(),
             epoch: 0,
             reads: VecDeque::new(),
@@ -267,6 +275,101 @@ impl Space {
         Run {
             start: base + hole.start,
             len: hole.len,
+        }
+    }
+
+    /// Takes a whole free chunk within the volume's share, to move things together.
+    pub fn take_whole(&mut self, garbage: u64) -> Option<Run> {
+        let chunk = self.free_chunk(self.used.saturating_sub(garbage))?;
+        Some(self.take_hole_of(chunk))
+    }
+
+    /// Takes a hole of one of the fullest chunks that are not to be emptied.
+    pub fn take_hole(&mut self) -> Option<Run> {
+        let (ranks, victims) = (&self.ranks[1..], &self.victims);
+        let chunk = ranks.iter().rev().find_map(|chunks| {
+            let mut others = chunks.iter().filter(|chunk| !victims.contains(chunk));
+            others.next().copied()
+        })?;
+        Some(self.take_hole_of(chunk))
+    }
+
+    /// Chooses the emptiest chunks, as many as have room in the holes of the others; returns how
+    /// many.
+    pub fn choose_victims(&mut self) -> usize {
+        self.victims.clear();
+        let free = |index: usize| CHUNK_SLOTS - u64::from(self.chunks[index].used);
+        let partial = || self.ranks[1..].iter().flatten().copied();
+        let mut holes: u64 = partial().map(free).sum();
+        for index in partial().take(VICTIMS_MAX) {
+            let used = CHUNK_SLOTS - free(index);
+            let rest = holes.saturating_sub(free(index));
+            if used > rest {
+                break;
+            }
+            holes = rest - used;
+            self.victims.insert(index);
+        }
+        self.victims.len()
+    }
+
+    /// Chooses the chunks of which more than a quarter is free; returns how many.
+    pub fn choose_sparse(&mut self) -> usize {
+        let sparse = self.ranks[1..SPARSE_RANKS].iter().flatten().copied();
+        self.victims = sparse.collect();
+        self.victims.len()
+    }
+
+    /// No chunk is to be emptied any more.
+    pub fn clear_victims(&mut self) {
+        self.victims.clear();
+    }
+
+    /// Whether `slot` lies in a chunk to be emptied.
+    pub fn is_victim(&self, slot: Slot) -> bool {
+        !self.victims.is_empty()
+            && self
+                .place(slot)
+                .is_some_and(|(index, ..)| self.victims.contains(&index))
+    }
+
+    /// Whole free chunks that [`Space::take_whole`] would give.
+    pub fn free_chunks(&self) -> u64 {
+        let all = self.geometry.chunks - self.geometry.data_start();
+        let bare = all - self.chunks.len() as u64 + self.bare.len() as u64;
+        let worth = (self.used + self.used / 4).div_ceil(CHUNK_SLOTS) + SLACK_CHUNKS;
+        self.ranks[0].len() as u64 + bare.min(worth.saturating_sub(self.backed))
+    }
+
+    /// Chunks with backing, and slots in use.
+    pub fn footprint(&self) -> (u64, u64) {
+        (self.backed, self.used)
+    }
+
+    /// Takes the free chunks with backing but `keep`, to give their room back to the file system.
+    pub fn take_backed(&mut self, keep: u64) -> Vec<Run> {
+        let spare = self.ranks[0].len().saturating_sub(keep as usize);
+        let chunks: Vec<usize> = self.ranks[0].iter().rev().take(spare).copied().collect();
+        let mut runs: Vec<Run> = chunks
+            .into_iter()
+            .map(|chunk| self.take_hole_of(chunk))
+            .collect();
+        runs.reverse();
+        runs
+    }
+
+    /// Chunks from [`Space::take_backed`] are free again; `is_bare`: without backing.
+    pub fn return_chunks(&mut self, run: Run, is_bare: bool) {
+        for slot in run.slots() {
+            self.free_now(slot);
+        }
+        let first = (run.start / CHUNK_SLOTS - self.geometry.data_start()) as usize;
+        for index in first..first + (run.len / CHUNK_SLOTS) as usize {
+            if is_bare && self.ranks[0].remove(&index) {
+                self.chunks[index].is_backed = false;
+                self.backed -= 1;
+                self.bare.insert(index);
+            }
         }
     }
 
@@ -485,6 +588,48 @@ mod tests {
         // Rather a bare chunk than none.
         while space.take_run(1 << 20).is_some_and(|run| run.len == 1) {}
         assert_eq!(space.take_run(1 << 20).map(|run| run.len), Some(256));
+    }
+
+    #[test]
+    fn chunks_are_emptied_only_as_far_as_others_have_room() {
+        let mut space = space();
+        while space.take_run(0).is_some() {}
+        let first = 6 * 256;
+        for slot in (0..200).chain(300..340).chain(600..620) {
+            space.free_now(Slot(first + slot));
+        }
+        // 56 blocks fit 40 + 20 holes; then 216 do not fit 4.
+        assert_eq!(space.choose_victims(), 1);
+        assert!(space.is_victim(Slot(first + 255)) && !space.is_victim(Slot(first + 256)));
+        let holes: Vec<Run> = std::iter::from_fn(|| space.take_hole()).collect();
+        assert_eq!(holes.iter().map(|run| run.len).sum::<u64>(), 60);
+        assert!(holes.iter().all(|run| !space.is_victim(Slot(run.start))));
+        assert_eq!(space.free_chunks(), 0);
+        (200..256).for_each(|slot| space.free_now(Slot(first + slot)));
+        assert_eq!(space.free_chunks(), 1);
+        assert_eq!(space.take_whole(0).map(|run| run.start), Some(first));
+    }
+
+    #[test]
+    fn chunks_given_back_have_no_backing_until_they_are_used_again() {
+        let mut space = space();
+        let runs: Vec<Run> = std::iter::from_fn(|| space.take_run(0)).collect();
+        for slot in runs.iter().flat_map(|run| run.slots()) {
+            space.free_now(slot);
+        }
+        assert_eq!(space.footprint(), (3, 0));
+        let taken = space.take_backed(1);
+        assert_eq!(taken.len(), 2);
+        assert_eq!(taken[0].start + 256, taken[1].start);
+        let both = Run {
+            start: taken[0].start,
+            len: 512,
+        };
+        space.return_chunks(both, true);
+        assert_eq!(space.footprint(), (1, 0));
+        assert_eq!(space.take_run(0), Some(runs[0]));
+        assert_eq!(space.take_run(0), Some(runs[1]));
+        assert_eq!(space.footprint(), (2, 512));
     }
 
     #[test]

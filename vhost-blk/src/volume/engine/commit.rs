@@ -141,6 +141,12 @@ impl Core {
             }
             self.count_live(&old, &delta.entry);
         }
+        self.scattered.note(
+            commit
+                .deltas
+                .iter()
+                .map(|delta| (delta.block.0, delta.entry.slot().0)),
+        );
         self.sealed = Deltas::default();
         self.applied = commit.end;
         self.log_used += commit.blocks;

@@ -19,6 +19,7 @@ use crypto::session::Session;
 
 use super::checkpoint::Checkpoint;
 use super::commit::Commit;
+use super::rehome::Scattered;
 use super::{Failure, WakeLane};
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{Block, FANOUT, Geometry, Slot};
@@ -116,6 +117,10 @@ pub struct Core {
     /// Punches under way: their slots are free afterwards.
     pub(super) punches: usize,
     pub(super) live: HashMap<u16, i64>,
+    /// Where blocks may lie scattered.
+    pub(super) scattered: Scattered,
+    /// Rounds of lanes with requests of a guest.
+    pub(super) activity: u64,
     /// Leaves that writes were admitted to since the last checkpoint began.
     pub(super) touched: HashSet<u64, foldhash::fast::RandomState>,
     /// Blocks that were landing when it began.
@@ -181,6 +186,8 @@ impl Core {
             can_punch: true,
             punches: 0,
             live: HashMap::new(),
+            scattered: Scattered::new(geometry.blocks),
+            activity: 0,
             touched: HashSet::default(),
             touched_before: 0,
             landing: 0,
@@ -271,7 +278,7 @@ impl Core {
         self.committed(block)
     }
 
-    fn committed(&self, block: u64) -> Option<Entry> {
+    pub(super) fn committed(&self, block: u64) -> Option<Entry> {
         let leaf = block / FANOUT;
         match self.map.leaf(leaf) {
             Some(page) => Some(page.entry(block)),
@@ -379,7 +386,7 @@ impl Core {
     }
 
     /// Slots that are given up once what is written is committed.
-    fn garbage(&self) -> u64 {
+    pub(super) fn garbage(&self) -> u64 {
         (self.open.len() + self.sealed.len()) as u64
     }
 

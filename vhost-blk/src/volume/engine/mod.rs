@@ -16,6 +16,7 @@ mod checkpoint;
 mod commit;
 mod core;
 mod lane;
+mod rehome;
 mod request;
 mod volume;
 
@@ -27,7 +28,7 @@ use thiserror::Error;
 pub use self::activate::AttachError;
 pub use self::core::Phase;
 pub use self::lane::Lane;
-pub use self::request::{Done, Io, IoKind, Op, Payload, PayloadFault};
+pub use self::request::{Done, Io, IoKind, Op, Payload, PayloadFault, Rehoming};
 #[cfg(test)]
 pub(crate) use self::volume::drive;
 pub use self::volume::{Shared, Volume, VolumeError};
@@ -82,6 +83,8 @@ pub struct Stats {
     pub blocks_opened: AtomicU64,
     /// Blocks sealed and written.
     pub blocks_sealed: AtomicU64,
+    /// Blocks moved to where they are read faster or leave room.
+    pub blocks_moved: AtomicU64,
     /// Commits made durable.
     pub commits: AtomicU64,
     /// Checkpoints made durable.

@@ -31,6 +31,17 @@ pub enum Op {
         /// Bytes.
         len: u64,
     },
+    /// Moves what lies scattered or in the way, with its contents as they are. From the card
+    /// itself, never from a guest. Done when the new places are published, not when they are
+    /// durable; [`Failure::NoSpace`]: there is no room to move to.
+    Rehome {
+        /// First byte, a multiple of 4096.
+        offset: u64,
+        /// Bytes, a multiple of 4096.
+        len: u64,
+        /// What to move, and where to.
+        mode: Rehoming,
+    },
     /// The range reads as zeros, durably.
     WriteZeroes {
         /// First byte.
@@ -38,6 +49,15 @@ pub enum Op {
         /// Bytes.
         len: u64,
     },
+}
+
+/// What a [`Op::Rehome`] moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rehoming {
+    /// What lies in many places, or in chunks to be emptied, to whole free chunks.
+    Gather,
+    /// Only what lies in chunks to be emptied, into the holes of others.
+    Evacuate,
 }
 
 /// The memory that a request reads from or writes to.

@@ -78,4 +78,7 @@ caught! {
     overwriting_pages_before_the_superblock_is_durable_is_noticed: EarlyPageFree,
     going_on_with_a_dead_process_session_is_noticed: SameSession,
     a_single_superblock_copy_is_noticed: OneSuperblock,
+    freeing_the_old_place_of_a_block_before_the_move_is_durable_is_noticed: MoveEarlyFree,
+    moving_a_block_over_a_later_write_is_noticed: MoveBlindly,
+    publishing_a_move_before_it_has_landed_is_noticed: MoveUnwritten,
 }

@@ -16,7 +16,7 @@ use super::plan::{EIO, Fault, Plan};
 use crate::volume::backing::Backing;
 use crate::volume::create::create;
 use crate::volume::engine::{
-    Done, Failure, Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume,
+    Done, Failure, Io, IoKind, Lane, Op, Payload, PayloadFault, Rehoming, Reporter, Volume,
 };
 use crate::volume::geometry::BLOCK_LEN;
 use crate::volume::recover::recover;
@@ -122,6 +122,8 @@ enum Kind {
         first: usize,
         floors: Vec<u64>,
     },
+    /// The card moves blocks, which nobody must notice.
+    Rehome,
 }
 
 impl Payload for Request {
@@ -269,6 +271,9 @@ impl World {
             );
             return;
         }
+        if dice >= 90 {
+            return self.rehome(card);
+        }
         let stretches = self.plan.stretches;
         let stretch = if self.dice.chance(60) {
             0
@@ -336,6 +341,30 @@ impl World {
         );
     }
 
+    /// Moves blocks of some part of the volume, by the lane that does so.
+    fn rehome(&mut self, card: &mut Card) {
+        let shared = card.volume.shared();
+        match self.dice.below(8) {
+            0 => _ = shared.choose_victims(),
+            1 => _ = shared.choose_sparse(),
+            2 => return card.lanes[0].give_back(self.dice.below(3) as u64),
+            _ => {}
+        }
+        let mode = if self.dice.chance(70) {
+            Rehoming::Gather
+        } else {
+            Rehoming::Evacuate
+        };
+        let op = Op::Rehome {
+            offset: 0,
+            len: self.plan.geometry.volume_len(),
+            mode,
+        };
+        let kind = Kind::Rehome;
+        let memory = Rc::default();
+        card.lanes[0].submit(op, Request { memory, kind });
+    }
+
     /// Sectors of a request's memory that are there.
     fn accessible(&mut self, count: usize) -> usize {
         if self.plan.is_faulty && self.dice.chance(3) {
@@ -377,6 +406,9 @@ impl World {
         Done { payload, result }: Done<Request>,
         is_poisoned: bool,
     ) -> Result<(), String> {
+        if matches!(payload.kind, Kind::Rehome) && result == Err(Failure::NoSpace) {
+            return Ok(());
+        }
         if let Err(failure) = result {
             let is_expected = self.plan.is_faulty
                 && match failure {
@@ -393,6 +425,7 @@ impl World {
             return Ok(());
         }
         match payload.kind {
+            Kind::Rehome => {}
             Kind::Flush { is_late: true, .. } => {
                 return Err("a flush was acknowledged after a barrier had failed".into());
             }

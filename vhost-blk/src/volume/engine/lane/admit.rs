@@ -15,7 +15,7 @@ use crate::volume::ranges::Held;
 use crate::volume::space::Run;
 
 /// What keeps a write from going on.
-enum Hurdle {
+pub(super) enum Hurdle {
     /// It waits for a commit, or for slots.
     Stall,
     Fail(Failure),
@@ -34,7 +34,7 @@ impl Core {
     }
 
     /// Whether a change of `blocks` blocks in `leaves` may begin.
-    fn hurdle(
+    pub(super) fn hurdle(
         &mut self,
         leaves: RangeInclusive<u64>,
         blocks: usize,
@@ -84,6 +84,8 @@ impl<P: Payload> Lane<P> {
             let kind = self.pieces[key as usize].kind;
             if kind == PieceKind::Read {
                 self.plan_read(core, key);
+            } else if kind == PieceKind::Move {
+                self.admit_move(core, key);
             } else if self.take_range(core, key) {
                 self.admit_write(core, key);
             }
@@ -161,7 +163,7 @@ impl<P: Payload> Lane<P> {
         }
     }
 
-    fn stall(&mut self, core: &mut Core, key: u32) {
+    pub(super) fn stall(&mut self, core: &mut Core, key: u32) {
         self.stalled.push_back(key);
         if !core.starved.contains(&self.id) {
             core.starved.push(self.id);
@@ -314,7 +316,7 @@ impl ReadPlan {
         self.entries.first().is_none_or(Entry::is_hole)
     }
 
-    fn is_continued_by(&self, next: &Entry) -> bool {
+    pub(super) fn is_continued_by(&self, next: &Entry) -> bool {
         let Some(last) = self.entries.last() else {
             return false;
         };

@@ -62,9 +62,13 @@ impl Arrived {
 pub(super) enum FlightKind {
     Read(ReadPlan),
     Write(Vec<Member>),
+    /// Blocks that move.
+    Move(u32, Vec<super::rehome::Member>),
     /// Part of the job at this index of its own kind.
     Job(super::jobs::JobKind),
     Punch(Run),
+    /// Whole free chunks.
+    GiveBack(Run),
     Grow(Run),
 }
 
@@ -330,6 +334,13 @@ impl<P: Payload> Lane<P> {
                     self.pool.give(buffer);
                 }
             }
+            FlightKind::Move(piece, members) => {
+                self.move_landed(piece, members, outcome.map_err(write_failure));
+                if let Some(buffer) = buffer {
+                    self.pool.give(buffer);
+                }
+            }
+            FlightKind::GiveBack(run) => self.given_back(run, outcome),
             FlightKind::Job(kind) => self.job_landed(kind, outcome),
             FlightKind::Punch(run) => self.punched(run, outcome),
             FlightKind::Grow(run) => self.grown(run, outcome),
@@ -352,7 +363,7 @@ impl<P: Payload> Lane<P> {
                 skip,
                 buffer,
             },
-            (FlightKind::Punch(run), None) => IoKind::Punch {
+            (FlightKind::Punch(run) | FlightKind::GiveBack(run), None) => IoKind::Punch {
                 offset: Slot(run.start).offset(),
                 len: run.len * BLOCK_LEN as u64,
             },
@@ -374,6 +385,9 @@ impl<P: Payload> Lane<P> {
         } = arrived;
         let key = plan.piece;
         let piece = &mut self.pieces[key as usize];
+        if piece.kind == PieceKind::Move {
+            return self.move_read(plan, outcome, buffer);
+        }
         let is_merge = piece.kind != PieceKind::Read;
         if let Err(errno) = outcome {
             piece.failure = Some(Failure::Io(errno));
@@ -501,7 +515,8 @@ impl FlightKind {
             Self::Read(_) => "reading data",
             Self::Write(_) => "writing data",
             Self::Job(kind) => kind.name(),
-            Self::Punch(_) => "giving room back",
+            Self::Move(..) => "moving data",
+            Self::Punch(_) | Self::GiveBack(_) => "giving room back",
             Self::Grow(_) => "making room for the map",
         }
     }

@@ -15,6 +15,7 @@
 mod admit;
 mod flight;
 mod jobs;
+mod rehome;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use smallvec::SmallVec;
 
 use self::flight::{Arrived, Flight, Landed, Staging};
 use self::jobs::Job;
+use self::rehome::{MoveWrite, Moved, Moving};
 use super::core::{Core, Event};
 use super::request::{Done, Io, Op, Payload};
 use super::volume::Shared;
@@ -64,6 +66,8 @@ enum PieceKind {
     MergeZeroes,
     /// Whole blocks become holes.
     Erase,
+    /// Whole blocks get other places.
+    Move,
 }
 
 struct Piece {
@@ -84,6 +88,8 @@ struct Piece {
     sequence: u64,
     /// The merged block.
     merged: Option<Buffer>,
+    /// What moves, once it is looked up.
+    moving: Option<Box<Moving>>,
     /// Blocks or reads still under way.
     left: u64,
     failure: Option<Failure>,
@@ -142,6 +148,12 @@ pub struct Lane<P> {
     /// Data writes in the hands of the backing.
     writes_under_way: usize,
     run: Run,
+    /// Slots for blocks that move.
+    move_run: Run,
+    to_move: Vec<MoveWrite>,
+    moved: Vec<Moved>,
+    /// A guest's request came since the lock was last held.
+    has_request: bool,
     pool: Pool,
     buffered: usize,
     out: VecDeque<Io>,
@@ -154,7 +166,7 @@ pub struct Lane<P> {
 impl<P> Drop for Lane<P> {
     fn drop(&mut self) {
         let mut core = self.shared.lock();
-        for slot in self.run.slots() {
+        for slot in self.run.slots().chain(self.move_run.slots()) {
             core.space.free_now(slot);
         }
         if self.tasks.is_empty() && self.flights.is_empty() && self.jobs.is_empty() {
@@ -195,6 +207,10 @@ impl<P: Payload> Lane<P> {
             staging: None,
             writes_under_way: 0,
             run: Run::default(),
+            move_run: Run::default(),
+            to_move: Vec::new(),
+            moved: Vec::new(),
+            has_request: false,
             pool: Pool::default(),
             buffered: 0,
             out: VecDeque::new(),
@@ -209,8 +225,10 @@ impl<P: Payload> Lane<P> {
             Op::Read { len, .. } => (len, false),
             Op::Write { len, durable, .. } => (len, durable),
             Op::Discard { len, .. } | Op::WriteZeroes { len, .. } => (len, true),
+            Op::Rehome { len, .. } => (len, false),
             Op::Flush => (0, true),
         };
+        self.has_request |= !matches!(op, Op::Rehome { .. });
         let failure = (!self.is_in_volume(op)).then_some(Failure::Range);
         let task = Task {
             payload,
@@ -232,6 +250,7 @@ impl<P: Payload> Lane<P> {
         let (Op::Read { offset, len }
         | Op::Write { offset, len, .. }
         | Op::Discard { offset, len }
+        | Op::Rehome { offset, len, .. }
         | Op::WriteZeroes { offset, len }) = op
         else {
             return true;
@@ -304,6 +323,7 @@ impl<P: Payload> Lane<P> {
         self.wants_lock
             || !(self.admit.is_empty()
                 && self.landed.is_empty()
+                && self.moved.is_empty()
                 && self.ended.is_empty()
                 && self.over.is_empty()
                 && self.unused.is_empty()
@@ -404,6 +424,9 @@ impl<P: Payload> Lane<P> {
         if let Some(buffer) = piece.merged {
             self.pool.give(buffer);
         }
+        if let Some(moving) = piece.moving {
+            self.pool.give(moving.into_buffer());
+        }
         let Some(task) = self.tasks.get_mut(piece.task as usize) else {
             return;
         };
@@ -424,7 +447,9 @@ impl<P: Payload> Lane<P> {
             self.keyring_version = core.keyring_version;
         }
         self.read_inbox(&mut core);
+        core.activity += u64::from(std::mem::take(&mut self.has_request));
         self.publish_landed(&mut core);
+        self.publish_moved(&mut core);
         for epoch in self.ended.drain(..) {
             core.space.end_read(epoch);
         }
@@ -450,6 +475,7 @@ impl<P: Payload> Lane<P> {
         for wake in wakes {
             wake();
         }
+        self.emit_moves();
     }
 
     fn read_inbox(&mut self, core: &mut Core) {
@@ -482,6 +508,7 @@ fn next_piece<P>(key: u32, task: &mut Task<P>) -> Option<Piece> {
         Op::Read { offset, len }
         | Op::Write { offset, len, .. }
         | Op::Discard { offset, len }
+        | Op::Rehome { offset, len, .. }
         | Op::WriteZeroes { offset, len } => (offset, len),
         Op::Flush => return None,
     };
@@ -497,6 +524,10 @@ fn next_piece<P>(key: u32, task: &mut Task<P>) -> Option<Piece> {
         let (kind, piece_end) = match task.op {
             Op::Read { .. } => (
                 PieceKind::Read,
+                end.min((first + Pool::MAX_BLOCKS as u64) * block),
+            ),
+            Op::Rehome { .. } => (
+                PieceKind::Move,
                 end.min((first + Pool::MAX_BLOCKS as u64) * block),
             ),
             Op::Discard { .. } | Op::WriteZeroes { .. } | Op::Write { .. } if is_partial => {
@@ -536,6 +567,7 @@ fn next_piece<P>(key: u32, task: &mut Task<P>) -> Option<Piece> {
             slots: SmallVec::new(),
             sequence: 0,
             merged: None,
+            moving: None,
             left: 0,
             failure: None,
         });
