@@ -11,6 +11,7 @@ use offload::sandbox::{Seccomp, User};
 use offload::telemetry::LogArgs;
 
 pub use self::limits::LimitArgs;
+use crate::volume::geometry::SPARE_PERCENT;
 use crate::volume::superblock::SERIAL_LEN;
 
 /// Largest queue size: what QEMU has.
@@ -46,6 +47,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Make a volume from a disk image: raw, or what qemu-img reads
     Import(ImportArgs),
+    /// Move a volume's contents together and give free room back to the file system
+    Compact(CompactArgs),
     /// Write a volume's contents, decrypted, to a raw disk image or device
     Export(ExportArgs),
 }
@@ -102,6 +105,11 @@ pub struct CreateArgs {
     /// The key.
     #[command(flatten)]
     pub key: KeyArgs,
+    /// Room besides the volume's size, in percent of it, taken in a file only as far as it is used:
+    /// the more, the faster random writes are once all of the volume is written
+    #[arg(long, value_name = "PERCENT", default_value_t = SPARE_PERCENT,
+        value_parser = clap::value_parser!(u64).range(3..=400))]
+    pub spare: u64,
     /// Overwrite what is there
     #[arg(long)]
     pub force: bool,
@@ -143,6 +151,9 @@ pub struct ServeArgs {
     /// Answer questions about the running card on this socket (JSON lines)
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
+    /// Bytes a second that are moved together while no requests come, like 200M; 0: none
+    #[arg(long, value_name = "RATE", value_parser = rate, default_value = "200M")]
+    pub rehome_rate: u64,
     /// Become this user (UID or UID:GID, numbers) once volume, key and sockets are open
     #[arg(long, value_name = "USER", value_parser = user)]
     pub user: Option<User>,
@@ -199,6 +210,20 @@ pub struct CheckArgs {
     pub volume: PathBuf,
 }
 
+/// `compact`.
+#[derive(Debug, Args)]
+pub struct CompactArgs {
+    /// The key of a volume that is not being served.
+    #[command(flatten)]
+    pub key: OptionalKeyArgs,
+    /// The control socket of the card that serves the volume
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["volume", "key_file", "passphrase_file"])]
+    pub control_socket: Option<PathBuf>,
+    /// File or block device that holds the volume
+    #[arg(value_name = "VOLUME", required_unless_present = "control_socket")]
+    pub volume: Option<PathBuf>,
+}
+
 /// `import`.
 #[derive(Debug, Args)]
 pub struct ImportArgs {
@@ -234,6 +259,13 @@ pub struct ExportArgs {
     /// Raw image or block device to write to
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    if text == "0" {
+        return Ok(0);
+    }
+    size(text)
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -18,7 +18,8 @@ use crate::volume::superblock::Superblock;
 pub(super) fn run(args: &CreateArgs) -> anyhow::Result<()> {
     spare_the_key(&args.key, &args.volume)?;
     let material = key(args.key.source())?;
-    let (_, superblock, unfinished) = make(&args.volume, args.size, &material, args.force)?;
+    let (_, superblock, unfinished) =
+        make(&args.volume, args.size, args.spare, &material, args.force)?;
     unfinished.keep()?;
     println!(
         "{}: a new volume of {}\n  id      {}\n  serial  {}",
@@ -77,11 +78,14 @@ impl Drop for Unfinished {
 pub(super) fn make(
     path: &Path,
     size: Option<u64>,
+    spare: u64,
     material: &KeyMaterial,
     may_overwrite: bool,
 ) -> anyhow::Result<(FileBacking, Superblock, Unfinished)> {
     // Before anything is touched.
-    let asked = size.map(Geometry::for_volume).transpose()?;
+    let asked = size
+        .map(|len| Geometry::with_spare(len, spare))
+        .transpose()?;
     if asked.is_none() && !path.exists() {
         anyhow::bail!(
             "{} is not there: give --size to make a file",
@@ -92,7 +96,7 @@ pub(super) fn make(
     let mut backing = FileBacking::create(path, may_overwrite)?;
     let geometry = match asked {
         Some(geometry) => geometry,
-        None if backing.is_device() => Geometry::largest_in(backing.len())?,
+        None if backing.is_device() => Geometry::largest_in(backing.len(), spare)?,
         None => anyhow::bail!("{} is a file: give --size", path.display()),
     };
     backing

@@ -30,6 +30,7 @@ use crate::args::ImportArgs;
 use crate::device::report::LogReporter;
 use crate::volume::backing::Backing;
 use crate::volume::engine::{Op, Volume};
+use crate::volume::geometry::SPARE_PERCENT;
 use crate::volume::geometry::{BLOCK_LEN, MIN_VOLUME_LEN};
 use crate::volume::recover::recover;
 
@@ -43,7 +44,13 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
         .len
         .next_multiple_of(BLOCK_LEN as u64)
         .max(MIN_VOLUME_LEN);
-    let (backing, superblock, unfinished) = make(&args.volume, Some(size), &material, args.force)?;
+    let (backing, superblock, unfinished) = make(
+        &args.volume,
+        Some(size),
+        SPARE_PERCENT,
+        &material,
+        args.force,
+    )?;
     let backing = Arc::new(backing);
     let recovered = recover(&*backing, &material)?;
     let reporter = Box::new(LogReporter::new(serial_text(&superblock.serial)));

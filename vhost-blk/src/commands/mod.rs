@@ -4,6 +4,7 @@
 //! next.
 
 mod check;
+mod compact;
 mod create;
 mod export;
 mod import;
@@ -12,6 +13,7 @@ mod limits;
 mod open;
 mod progress;
 mod pump;
+mod rehome;
 mod serve;
 
 use std::error::Error;
@@ -33,6 +35,7 @@ pub fn run(command: Command) -> ExitCode {
             check::run(&args).map(|is_clean| u8::from(!is_clean))
         }
         Command::Import(args) => import::run(&args).map(|()| 0),
+        Command::Compact(args) => compact::run(&args).map(|()| 0),
         Command::Export(args) => export::run(&args).map(|()| 0),
     };
     match result {

@@ -69,6 +69,11 @@ impl Pump {
         self.lane.submit(op, bytes);
     }
 
+    /// Gives whole free chunks back: see [`Lane::give_back`].
+    pub(super) fn give_back(&mut self, keep: u64) {
+        self.lane.give_back(keep);
+    }
+
     /// Requests under way.
     pub(super) fn count(&self) -> usize {
         self.lane.tasks()

@@ -23,6 +23,7 @@ use offload::vhost_user::Backend;
 use serde_json::{Value, json};
 
 use super::open::{id_text, serial_text, volume};
+use super::rehome::{self, Rehomer};
 use crate::args::ServeArgs;
 use crate::device::limits::{Limits, Wire};
 use crate::device::report::LogReporter;
@@ -63,10 +64,16 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let reporter = Box::new(LogReporter::new(serial_text(&superblock.serial)));
     let as_backing = Arc::clone(&backing) as Arc<dyn Backing>;
     let volume = Volume::new(recovered, as_backing, reporter);
-    let device = Arc::new(BlockDevice::new(volume, backing, settings, limits));
+    let device = Arc::new(BlockDevice::new(
+        volume,
+        Arc::clone(&backing),
+        settings,
+        limits,
+    ));
 
     let registry = Registry::new("vhost_blk");
     device.register(&registry);
+    let moves = rehome::Handle::new(args.rehome_rate, !args.read_only);
     let listener = match inherited {
         Some(listener) => listener,
         None => args.socket.open()?,
@@ -74,7 +81,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let control = args
         .control_socket
         .as_deref()
-        .map(|path| control(path, &registry, &device))
+        .map(|path| control(path, &registry, &device, &moves))
         .transpose()?;
     let stop = StopSignal::from_signals().context("cannot wait for signals")?;
 
@@ -89,7 +96,12 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         "serving volume {serial} ({id}), {size}{}",
         if args.read_only { ", read-only" } else { "" }
     );
+    let rehomer = (!args.read_only)
+        .then(|| Rehomer::start(&moves, &device, &backing))
+        .transpose()
+        .context("cannot start the thread that moves blocks")?;
     let served = serve(&backend, listener, &stop);
+    drop(rehomer);
     // Ends the queues' threads, so that nothing is under way any more.
     drop(backend);
     drop(control);
@@ -130,11 +142,13 @@ fn control(
     path: &Path,
     registry: &Registry,
     device: &Arc<BlockDevice>,
+    moves: &rehome::Handle,
 ) -> anyhow::Result<ControlServer> {
     let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
     let device = Arc::clone(device);
     let limits = device.limits().clone();
     let server = server.method("limits", move |params| change(&limits, params));
+    let server = rehome::methods(server, moves, &device);
     Ok(server.method("volume", move |_| {
         let volume = device.volume();
         let phase = match volume.phase() {

@@ -184,7 +184,7 @@ impl BlockDevice {
         }
         self.state.limits.register(registry);
         type Field = fn(&Stats) -> &AtomicU64;
-        let fields: [(Field, &'static str, &'static str); 6] = [
+        let fields: [(Field, &'static str, &'static str); 7] = [
             (
                 |s| &s.not_authentic,
                 "not_authentic",
@@ -199,6 +199,11 @@ impl BlockDevice {
                 |s| &s.blocks_sealed,
                 "blocks_sealed",
                 "Blocks sealed and written",
+            ),
+            (
+                |s| &s.blocks_moved,
+                "blocks_moved",
+                "Blocks moved together or out of the way",
             ),
             (|s| &s.commits, "commits", "Commits made durable"),
             (

@@ -52,7 +52,7 @@ impl Entry {
 
     /// The entry of the same sealed bytes at another slot.
     pub fn moved_to(self, slot: Slot) -> Self {
-        debug_assert!(!self.is_hole() && slot.0 <= SEQUENCE_MAX);
+        debug_assert!(slot.0 <= SEQUENCE_MAX);
         Self {
             slot: slot.0,
             ..self

@@ -34,6 +34,15 @@ pub const MAX_VOLUME_LEN: u64 = 1 << 47;
 /// Smallest volume: one chunk.
 pub const MIN_VOLUME_LEN: u64 = CHUNK_LEN;
 
+/// Room besides a volume's size, in percent of it, unless another figure is asked for: of random
+/// overwrites of a full volume every second block then follows another one on disk (see
+/// `docs/placement.md`). A file takes that room only when it is used.
+pub const SPARE_PERCENT: u64 = 25;
+/// The most of it.
+pub const SPARE_MAX: u64 = 400;
+/// Chunks of spare room on top, for volumes so small that a part of them is nothing.
+const SPARE_CHUNKS: u64 = 24;
+
 /// A 4 KiB block of the guest's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Block(pub u64);
@@ -90,11 +99,19 @@ pub enum GeometryError {
 }
 
 impl Geometry {
-    /// The layout for a volume of `len` bytes.
+    /// The layout for a volume of `len` bytes with the usual spare room.
     ///
     /// # Errors
     /// `len` is not a multiple of 4 KiB or out of range.
     pub fn for_volume(len: u64) -> Result<Self, GeometryError> {
+        Self::with_spare(len, SPARE_PERCENT)
+    }
+
+    /// The layout for a volume of `len` bytes and `spare` percent of it besides.
+    ///
+    /// # Errors
+    /// `len` is not a multiple of 4 KiB or out of range.
+    pub fn with_spare(len: u64, spare: u64) -> Result<Self, GeometryError> {
         if !len.is_multiple_of(BLOCK_LEN as u64)
             || !(MIN_VOLUME_LEN..=MAX_VOLUME_LEN).contains(&len)
         {
@@ -106,7 +123,7 @@ impl Geometry {
         let log_chunks = (len / 512).div_ceil(CHUNK_LEN).clamp(4, 64);
         let data = len.div_ceil(CHUNK_LEN);
         // Out-of-place writes need room before the old slots are given back.
-        let spare = data / 32 + 24;
+        let spare = data * spare.min(SPARE_MAX) / 100 + SPARE_CHUNKS;
         // Pages: the leaves and a level above, twice, for a checkpoint writes new ones first.
         let leaves = blocks.div_ceil(FANOUT);
         let pages = leaves + leaves.div_ceil(FANOUT) + 64;
@@ -118,17 +135,17 @@ impl Geometry {
         })
     }
 
-    /// The largest volume that fits a backing of `len` bytes.
+    /// The largest volume with `spare` percent besides that fits a backing of `len` bytes.
     ///
     /// # Errors
     /// Not even the smallest fits.
-    pub fn largest_in(len: u64) -> Result<Self, GeometryError> {
+    pub fn largest_in(len: u64, spare: u64) -> Result<Self, GeometryError> {
         let (mut low, mut high) = (MIN_VOLUME_LEN / CHUNK_LEN, MAX_VOLUME_LEN / CHUNK_LEN);
         let fits = |chunks: u64| {
-            Self::for_volume(chunks * CHUNK_LEN).is_ok_and(|g| g.backing_len() <= len)
+            Self::with_spare(chunks * CHUNK_LEN, spare).is_ok_and(|g| g.backing_len() <= len)
         };
         if !fits(low) {
-            let need = Self::for_volume(MIN_VOLUME_LEN)?.backing_len();
+            let need = Self::with_spare(MIN_VOLUME_LEN, spare)?.backing_len();
             return Err(GeometryError::BackingTooSmall {
                 have: len,
                 volume: MIN_VOLUME_LEN,
@@ -143,7 +160,7 @@ impl Geometry {
                 high = middle - 1;
             }
         }
-        Self::for_volume(low * CHUNK_LEN)
+        Self::with_spare(low * CHUNK_LEN, spare)
     }
 
     /// Checks numbers that come from a superblock.
@@ -221,13 +238,13 @@ mod tests {
     #[test]
     fn the_largest_volume_of_a_backing_fits_and_a_larger_one_does_not() {
         for len in [100 << 20, 1 << 30, 10 << 30, (10 << 30) + 4095, 1 << 41] {
-            let found = Geometry::largest_in(len).expect("fits");
+            let found = Geometry::largest_in(len, SPARE_PERCENT).expect("fits");
             assert!(found.backing_len() <= len);
             let more = Geometry::for_volume(found.volume_len() + CHUNK_LEN).expect("size");
             assert!(more.backing_len() > len);
             assert_eq!(found.check(), Ok(found));
         }
-        assert!(Geometry::largest_in(3 << 20).is_err());
+        assert!(Geometry::largest_in(3 << 20, 3).is_err());
     }
 
     #[test]

@@ -185,11 +185,26 @@ impl Space {
         ))
     }
 
-    fn touch(&mut self, index: usize) {
+    /// Chunks up to `index` are there. `is_known`: they were never used.
+    fn touch(&mut self, index: usize, is_known: bool) {
         while self.chunks.len() <= index {
-            self.bare.insert(self.chunks.len());
-            self.chunks.push(Chunk::default());
+            let set = if is_known {
+                &mut self.bare
+            } else {
+                self.backed += 1;
+                &mut self.ranks[0]
+            };
+            set.insert(self.chunks.len());
+            self.chunks.push(Chunk {
+                is_backed: !is_known,
+                ..Chunk::default()
+            });
         }
+    }
+
+    /// The chunk behind the last that was ever used.
+    pub fn end_of_use(&self) -> u64 {
+        self.geometry.data_start() + self.chunks.len() as u64
     }
 
     fn set_count(&mut self, index: usize, used: u16) {
@@ -216,7 +231,8 @@ impl Space {
         let Some((index, word, mask)) = self.place(slot) else {
             return false;
         };
-        self.touch(index);
+        // What lies between may have room in the backing from an earlier life.
+        self.touch(index, false);
         let chunk = &mut self.chunks[index];
         if chunk.bits[word] & mask != 0 {
             return false;
@@ -257,7 +273,7 @@ impl Space {
     fn bare_chunk(&mut self) -> Option<usize> {
         let fresh = self.chunks.len() as u64 + self.geometry.data_start() < self.geometry.chunks;
         if self.bare.is_empty() && fresh {
-            self.touch(self.chunks.len());
+            self.touch(self.chunks.len(), true);
         }
         self.bare.first().copied()
     }
@@ -317,6 +333,10 @@ impl Space {
     pub fn choose_sparse(&mut self) -> usize {
         let sparse = self.ranks[1..SPARSE_RANKS].iter().flatten().copied();
         self.victims = sparse.collect();
+        if self.victims.len() == 1 {
+            // It would only become another one.
+            self.victims.clear();
+        }
         self.victims.len()
     }
 

@@ -123,6 +123,7 @@ impl Core {
             return;
         };
         let (mut freed, mut discarded) = (Vec::new(), Vec::new());
+        let mut written = Vec::with_capacity(commit.deltas.len());
         for delta in &commit.deltas {
             let page = self.map.leaf_mut(delta.block.0 / FANOUT);
             let old = page.entry(delta.block.0);
@@ -139,14 +140,13 @@ impl Core {
             if !delta.entry.is_hole() {
                 self.space_tree.set_used(delta.entry.slot(), true);
             }
+            // A moved block keeps what it is sealed with.
+            if delta.entry.moved_to(old.slot()) != old {
+                written.push((delta.block.0, delta.entry.slot().0));
+            }
             self.count_live(&old, &delta.entry);
         }
-        self.scattered.note(
-            commit
-                .deltas
-                .iter()
-                .map(|delta| (delta.block.0, delta.entry.slot().0)),
-        );
+        self.scattered.note(written.into_iter());
         self.sealed = Deltas::default();
         self.applied = commit.end;
         self.log_used += commit.blocks;

@@ -28,6 +28,7 @@ use thiserror::Error;
 pub use self::activate::AttachError;
 pub use self::core::Phase;
 pub use self::lane::Lane;
+pub use self::rehome::PART_BLOCKS;
 pub use self::request::{Done, Io, IoKind, Op, Payload, PayloadFault, Rehoming};
 #[cfg(test)]
 pub(crate) use self::volume::drive;

@@ -19,8 +19,9 @@
 //!   moves, for they are equal; a later write of the guest differs in sequence or session, and a
 //!   later move cannot be, for a block in the deltas does not move.
 //!
-//! Which parts are worth looking at is one bit a MiB, set by commits of short runs. What lies
-//! scattered from before the volume was opened is not known: everything is looked at once.
+//! Which parts are worth looking at is one bit a MiB, set by commits of short runs that are no
+//! moves. What lies scattered from before the volume was opened is not known: everything is
+//! looked at once.
 
 use super::core::Core;
 use super::volume::Shared;
@@ -74,6 +75,11 @@ impl Scattered {
         }
     }
 
+    /// A block goes where its neighbours are not.
+    pub(super) fn mark(&mut self, block: u64) {
+        self.set(block / PART_BLOCKS);
+    }
+
     fn set(&mut self, part: u64) {
         let word = (part / 64) as usize;
         if self.bits.len() <= word {
@@ -90,6 +96,11 @@ impl Scattered {
         });
         let rest = from.max(self.unknown);
         set.or_else(|| (rest < self.parts).then_some(rest))
+    }
+
+    fn count(&self) -> u64 {
+        let set: u32 = self.bits.iter().map(|word| word.count_ones()).sum();
+        u64::from(set) + self.parts.saturating_sub(self.unknown)
     }
 
     fn clear(&mut self, part: u64) {
@@ -167,6 +178,16 @@ impl Shared {
     /// Whole chunks that are free and could be written now.
     pub fn free_chunks(&self) -> u64 {
         self.lock().space.free_chunks()
+    }
+
+    /// The chunk behind the last that was ever used.
+    pub fn end_of_use(&self) -> u64 {
+        self.lock().space.end_of_use()
+    }
+
+    /// Parts that may lie scattered.
+    pub fn scattered(&self) -> u64 {
+        self.lock().scattered.count()
     }
 
     /// Bytes that chunks with backing take, and bytes in use.

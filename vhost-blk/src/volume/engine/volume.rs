@@ -26,6 +26,8 @@ pub struct Shared {
     volume_len: AtomicU64,
     stats: Stats,
     reporter: Box<dyn Reporter>,
+    /// Held by a slice of moves, and by those who want none under way.
+    moves: Mutex<()>,
 }
 
 impl Shared {
@@ -39,7 +41,14 @@ impl Shared {
             volume_len,
             stats: Stats::default(),
             reporter,
+            moves: Mutex::new(()),
         })
+    }
+
+    /// No blocks begin to move while the guard lives. Whoever moves some holds it until nothing of
+    /// that is under way.
+    pub fn hold_still(&self) -> MutexGuard<'_, ()> {
+        self.moves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Core> {
@@ -254,8 +263,9 @@ impl Volume {
     /// # Errors
     /// See [`AttachError`].
     pub fn attach(&self, ring: Option<Arc<dyn RingMemory>>) -> Result<(), AttachError> {
+        let _still = self.shared.hold_still();
         if self.phase() == Phase::Serving {
-            self.settle().map_err(|_| AttachError::Failed)?;
+            self.settle_still().map_err(|_| AttachError::Failed)?;
         }
         let mut core = self.shared.lock();
         core.attach(&*self.backing, ring, &mut || self.shared.take_sequences(1))?;
@@ -271,6 +281,11 @@ impl Volume {
     /// # Errors
     /// It could not be made durable.
     pub fn settle(&self) -> Result<(), VolumeError> {
+        let _still = self.shared.hold_still();
+        self.settle_still()
+    }
+
+    fn settle_still(&self) -> Result<(), VolumeError> {
         let mut lane = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         lane.submit(Op::Flush, NoPayload);
         loop {
@@ -295,7 +310,8 @@ impl Volume {
         if self.phase() != Phase::Serving {
             return Ok(());
         }
-        self.settle()?;
+        let _still = self.shared.hold_still();
+        self.settle_still()?;
         let mut core = self.shared.lock();
         core.space
             .release()

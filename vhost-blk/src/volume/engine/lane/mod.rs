@@ -228,7 +228,7 @@ impl<P: Payload> Lane<P> {
             Op::Rehome { len, .. } => (len, false),
             Op::Flush => (0, true),
         };
-        self.has_request |= !matches!(op, Op::Rehome { .. });
+        self.has_request |= !matches!(op, Op::Rehome { .. } | Op::Flush);
         let failure = (!self.is_in_volume(op)).then_some(Failure::Range);
         let task = Task {
             payload,

@@ -189,6 +189,9 @@ impl<P: Payload> Lane<P> {
                 self.pieces[key as usize].failure = Some(Failure::NoSpace);
                 break;
             };
+            if mode == Rehoming::Evacuate {
+                core.scattered.mark(first + index);
+            }
             let to = from.moved_to(slot);
             let block = Block(first + index);
             let member = Member { block, from, to };
