@@ -234,6 +234,30 @@ fn short_interrupted_and_put_off_operations_are_gone_on_with_unseen() {
 }
 
 #[test]
+fn a_barrier_that_is_interrupted_again_and_again_is_not_given_up_soon() {
+    let Some((files, glass)) = behind_glass() else {
+        return;
+    };
+    let card = serve(&files, &glass);
+    let mut guest = Guest::new(&card);
+    let mut left = 60;
+    glass.judge(move |kind, _, _| match kind {
+        Kind::Sync if left > 0 => {
+            left -= 1;
+            Verdict::Fail(if left % 2 == 0 { EINTR } else { EAGAIN })
+        }
+        _ => Verdict::Do,
+    });
+    guest.write(0, &[5; 4096]);
+    guest.flush();
+    guest.write(0, &[6; 4096]);
+    guest.flush();
+    drop(guest);
+    card.stop();
+    assert!(files.on_volume("check", &[]).status.success());
+}
+
+#[test]
 fn a_close_whose_last_checkpoint_fails_says_so_and_the_next_opening_recovers() {
     let Some((files, glass)) = behind_glass() else {
         return;

@@ -15,8 +15,13 @@ use crate::volume::mutant::{self, Mutant};
 use crate::volume::sealing::seal_block;
 use crate::volume::space::Run;
 
-/// How often an interrupted or empty-handed operation is tried again.
+/// How often an operation that was interrupted (EINTR) or put off (EAGAIN) is tried again, at once. Both
+/// say that nothing was done, so trying again is safe; that there is an end keeps a broken device from
+/// spinning a core.
 const PATIENCE: u8 = 8;
+/// The same for commits and checkpoints, whose failure ends all writing: worth more patience than a
+/// request, which only fails itself.
+const JOB_PATIENCE: u8 = 200;
 /// With so many data writes of a lane under way, few blocks do not leave but gather in the staging
 /// buffer until one of them completes. A batch is otherwise only what one round of a queue found,
 /// and each write costs the backing about as much as ten blocks more. No timer: a lone write never
@@ -288,7 +293,11 @@ impl<P: Payload> Lane<P> {
         let is_retry = [Errno::INTR, Errno::AGAIN]
             .map(|e| -e.raw_os_error())
             .contains(&result);
-        let outcome = if is_retry && flight.tries < PATIENCE {
+        let patience = match flight.kind {
+            FlightKind::Job(_) => JOB_PATIENCE,
+            _ => PATIENCE,
+        };
+        let outcome = if is_retry && flight.tries < patience {
             flight.tries += 1;
             None
         } else if result < 0 {
