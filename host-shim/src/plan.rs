@@ -201,6 +201,7 @@ fn card(index: usize, disk: &crate::spec::Disk, env: &Env) -> Result<CardPlan, P
     match &disk.key {
         KeySource::KeyFile(path) => option("--key-file", utf8(path)?),
         KeySource::PassphraseFile(path) => option("--passphrase-file", utf8(path)?),
+        KeySource::Ephemeral(bytes) => option("--ephemeral", &bytes.to_string()),
     }
     option("--queues", &disk.queues.to_string());
     if let Some(size) = disk.queue_size {

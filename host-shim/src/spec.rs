@@ -92,6 +92,9 @@ pub enum KeySource {
     KeyFile(PathBuf),
     /// A file with a passphrase.
     PassphraseFile(PathBuf),
+    /// Nowhere: the card makes a new volume of so many bytes with a key that it keeps to itself. When
+    /// the card ends, the data are gone.
+    Ephemeral(u64),
 }
 
 /// How the guest starts.
@@ -117,7 +120,8 @@ pub enum Boot {
 /// One disk: a sealed volume behind a block card of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Disk {
-    /// Backing file or block device of the volume.
+    /// Backing file or block device of the volume; of an ephemeral one, the folder that its file is
+    /// made in, without a name.
     pub volume: PathBuf,
     /// Where its key comes from.
     pub key: KeySource,
@@ -189,6 +193,7 @@ struct RawDisk {
     volume: Spanned<PathBuf>,
     key_file: Option<PathBuf>,
     passphrase_file: Option<PathBuf>,
+    ephemeral: Option<Spanned<String>>,
     #[serde(default)]
     read_only: bool,
     serial: Option<Spanned<String>>,
@@ -285,7 +290,9 @@ impl Checker<'_> {
         let mut disks = Vec::with_capacity(raw.disk.len());
         for disk in &raw.disk {
             let checked = self.disk(disk, cpus)?;
-            if !seen.insert(checked.volume.clone()) {
+            // Ephemeral ones each have a file of their own in the same folder.
+            let is_shared = matches!(checked.key, KeySource::Ephemeral(_));
+            if !is_shared && !seen.insert(checked.volume.clone()) {
                 return Err(self.error(
                     Some(disk.get_ref().volume.span()),
                     "this volume is named twice".to_owned(),
@@ -394,18 +401,30 @@ impl Checker<'_> {
 
     fn disk(&self, raw: &Spanned<RawDisk>, cpus: u16) -> Result<Disk, Box<SpecError>> {
         let disk = raw.get_ref();
-        let key = match (&disk.key_file, &disk.passphrase_file) {
-            (Some(k), None) => KeySource::KeyFile(self.path(k)),
-            (None, Some(p)) => KeySource::PassphraseFile(self.path(p)),
-            (None, None) => {
+        let key = match (&disk.key_file, &disk.passphrase_file, &disk.ephemeral) {
+            (Some(k), None, None) => KeySource::KeyFile(self.path(k)),
+            (None, Some(p), None) => KeySource::PassphraseFile(self.path(p)),
+            (None, None, Some(size)) => self.ephemeral(size, disk.read_only)?,
+            (_, _, Some(size)) => {
+                return Err(self.error(
+                    Some(size.span()),
+                    "an ephemeral disk has no key of yours".to_owned(),
+                    "key-file, passphrase-file and ephemeral exclude each other",
+                    None,
+                ));
+            }
+            (None, None, None) => {
                 return Err(self.error(
                     Some(disk.volume.span()),
                     "this disk has no key".to_owned(),
                     "every volume is sealed",
-                    Some("add key-file = \"...\" or passphrase-file = \"...\""),
+                    Some(
+                        "add key-file = \"...\" or passphrase-file = \"...\"; or ephemeral = \"10G\" for a \
+                         new, empty disk that is gone when its card ends",
+                    ),
                 ));
             }
-            (Some(_), Some(_)) => {
+            (Some(_), Some(_), None) => {
                 return Err(self.error(
                     Some(disk.volume.span()),
                     "this disk has two keys".to_owned(),
@@ -446,6 +465,32 @@ impl Checker<'_> {
             queues,
             queue_size: disk.queue_size.as_ref().map(|s| *s.get_ref()),
         })
+    }
+
+    fn ephemeral(
+        &self,
+        size: &Spanned<String>,
+        is_read_only: bool,
+    ) -> Result<KeySource, Box<SpecError>> {
+        let text = size.get_ref();
+        let bytes = parse_size(text).filter(|bytes| *bytes >= 1 << 20 && bytes % 4096 == 0);
+        let Some(bytes) = bytes else {
+            return Err(self.error(
+                Some(size.span()),
+                format!("ephemeral = \"{text}\" cannot be had"),
+                "a size of 1M or more, like 10G",
+                None,
+            ));
+        };
+        if is_read_only {
+            return Err(self.error(
+                Some(size.span()),
+                "an ephemeral disk that is read-only holds nothing, for ever".to_owned(),
+                "it begins empty",
+                Some("leave read-only out"),
+            ));
+        }
+        Ok(KeySource::Ephemeral(bytes))
     }
 
     fn serial(&self, serial: &Spanned<String>) -> Result<String, Box<SpecError>> {

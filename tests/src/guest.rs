@@ -31,6 +31,16 @@ impl Disk {
         Self::with(volume, "")
     }
 
+    /// One that is ephemeral, as `more` has to say, in this folder.
+    #[must_use]
+    pub fn ephemeral(folder: &Path, more: &'static str) -> Self {
+        let volume = Volume {
+            path: folder.into(),
+            key: PathBuf::new(),
+        };
+        Self { volume, more }
+    }
+
     /// One with further settings.
     #[must_use]
     pub fn with(volume: &Volume, more: &'static str) -> Self {
@@ -397,10 +407,13 @@ fn spec_text(disks: &[Disk], more: &str) -> String {
          stop-timeout = 1\n"
     );
     for disk in disks {
+        let key = match text(&disk.volume.key) {
+            "" => String::new(),
+            key => format!("key-file = \"{key}\"\n"),
+        };
         spec.push_str(&format!(
-            "[[disk]]\nvolume = \"{}\"\nkey-file = \"{}\"\n{}\n",
+            "[[disk]]\nvolume = \"{}\"\n{key}{}\n",
             text(&disk.volume.path),
-            text(&disk.volume.key),
             disk.more
         ));
     }

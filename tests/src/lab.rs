@@ -53,7 +53,14 @@ impl Lab {
         let libgcc = library("libgcc_s.so.1");
         let initrd = Initrd {
             modules: &guest::MODULES,
-            programs: &["mke2fs", "e2fsck", "blkdiscard", "fstrim", "dd"],
+            programs: &[
+                "mke2fs",
+                "e2fsck",
+                "resize2fs",
+                "blkdiscard",
+                "fstrim",
+                "dd",
+            ],
             files: &[("/sbin/stamper", &stamper), (&libgcc.0, &libgcc.1)],
             script: AGENT,
         };

@@ -41,6 +41,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Tell what a volume that is being served may use, or change it
     Limits(LimitsArgs),
+    /// Make a volume larger, also while a virtual machine uses it
+    Resize(ResizeArgs),
     /// Say what a volume is; without a key, what can be read without one
     Info(InfoArgs),
     /// Authenticate everything that a volume holds. Exit status: 0 clean, 1 damaged, 2 not checked
@@ -120,6 +122,8 @@ pub struct CreateArgs {
 
 /// `serve`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("unlock").required(true)
+    .args(["key_file", "passphrase_file", "ephemeral"]))]
 pub struct ServeArgs {
     /// Where frontends come from.
     #[command(flatten)]
@@ -129,7 +133,12 @@ pub struct ServeArgs {
     pub volume: PathBuf,
     /// The key.
     #[command(flatten)]
-    pub key: KeyArgs,
+    pub key: OptionalKeyArgs,
+    /// Make a new, empty volume of this size, like 10G, and keep its key to this process: when the
+    /// card ends, or is killed, the data are gone. VOLUME is a folder, where a file without a name is
+    /// made, or a blank device
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "read_only")]
+    pub ephemeral: Option<u64>,
     /// Take no writes from the guest, and write nothing
     #[arg(long)]
     pub read_only: bool,
@@ -154,6 +163,11 @@ pub struct ServeArgs {
     /// Bytes a second that are moved together while no requests come, like 200M; 0: none
     #[arg(long, value_name = "RATE", value_parser = rate, default_value = "200M")]
     pub rehome_rate: u64,
+    /// Warn, in the log and by an event on the control socket, when the file system of the volume's
+    /// file is this full
+    #[arg(long, value_name = "PERCENT", default_value_t = 90,
+        value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub low_space: u8,
     /// Become this user (UID or UID:GID, numbers) once volume, key and sockets are open
     #[arg(long, value_name = "USER", value_parser = user)]
     pub user: Option<User>,
@@ -180,6 +194,35 @@ pub struct LimitsArgs {
     /// New limits in place of all that there are; without any, they are told.
     #[command(flatten)]
     pub limits: LimitArgs,
+}
+
+/// `resize`.
+#[derive(Debug, Args)]
+pub struct ResizeArgs {
+    /// Where the volume is.
+    #[command(flatten)]
+    pub target: ResizeTarget,
+    /// The key; a card that serves the volume has it.
+    #[command(flatten)]
+    pub key: OptionalKeyArgs,
+    /// New size that the guest sees, like 20G; all that a block device has, if left out
+    #[arg(long, value_parser = size)]
+    pub size: Option<u64>,
+    /// With --volume: also if the volume was not closed. Only when its guest is gone for good
+    #[arg(long, conflicts_with = "control_socket")]
+    pub force: bool,
+}
+
+/// A volume, or the card that serves it.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct ResizeTarget {
+    /// File or block device that holds a volume that is not being served
+    #[arg(long, value_name = "VOLUME")]
+    pub volume: Option<PathBuf>,
+    /// Control socket of the card that serves the volume: the guest sees the new size at once
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
 }
 
 /// `info`.
@@ -334,6 +377,25 @@ mod tests {
     }
 
     #[test]
+    fn an_ephemeral_volume_takes_no_key() {
+        let serve = |rest: &str| parse(&format!("serve --fd 3 --volume v {rest}"));
+        assert!(serve("--ephemeral 10G").is_ok());
+        assert!(serve("").unwrap_err().contains("--key-file"));
+        for wrong in ["--key-file k", "--passphrase-file p", "--read-only"] {
+            assert!(serve(&format!("--ephemeral 10G {wrong}")).is_err());
+        }
+    }
+
+    #[test]
+    fn resize_takes_a_volume_or_a_card() {
+        assert!(parse("resize --volume v --key-file k --size 2G").is_ok());
+        assert!(parse("resize --control-socket s --size 2G").is_ok());
+        assert!(parse("resize --size 2G --key-file k").is_err());
+        assert!(parse("resize --volume v --control-socket s --size 2G").is_err());
+        assert!(parse("resize --control-socket s --force --size 2G").is_err());
+    }
+
+    #[test]
     fn numbers_out_of_range_are_refused_with_the_range() {
         let serve = |rest: &str| parse(&format!("serve --fd 3 --volume v --key-file k {rest}"));
         assert!(serve("--queues 4 --queue-size 128 --serial vol0123 --user 12:34").is_ok());
@@ -352,6 +414,8 @@ mod tests {
             ("--bps-burst 20M", "--bps <SIZE>"),
             ("--io-size 16K", "--iops <N>"),
             ("--iops 10 --io-size 1T", "too large"),
+            ("--low-space 0", "1..=100"),
+            ("--low-space 101", "1..=100"),
         ] {
             let error = serve(wrong).unwrap_err();
             assert!(error.contains(hint), "{wrong}: {error}");

@@ -378,3 +378,82 @@ fn a_full_file_system_costs_new_writes_only(kind: &str) {
     card.stop();
     assert!(succeeds(&["check", "--key-file", &key, &volume]).ends_with("clean\n"));
 }
+
+#[test]
+fn the_event_and_the_log_line_come_before_the_file_system_is_full_and_only_once() {
+    use offload::control::ControlClient;
+    use serde_json::Value;
+    use std::time::Duration;
+    let files = Files::new();
+    let _mounted = Mounted::new(&files, "tmpfs");
+    let (key, volume) = (files.text("key"), files.text("small/volume"));
+    succeeds(&["create", "--size", "64M", "--key-file", &key, &volume]);
+    let control = files.path("control");
+    let rest = [
+        "--control-socket",
+        control.to_str().unwrap(),
+        "--low-space",
+        "80",
+    ];
+    let mut card = Card::start(&files, &volume, &rest);
+    let mut events = ControlClient::connect(&control)
+        .unwrap()
+        .subscribe()
+        .unwrap();
+    let mut guest = Guest::new(&card);
+    let mut told = None;
+    let mut mib = 0;
+    while guest
+        .request(OUT, mib * 2048, &pattern(mib, 1 << 20), 0)
+        .status
+        == OK
+    {
+        mib += 1;
+        assert!(mib < 48, "it is never full");
+        if let Some(event) = events.next(Duration::from_millis(100)).unwrap() {
+            assert_eq!(told, None, "{event}");
+            told = Some(mib);
+            assert_eq!(
+                (&event["kind"], &event["of"]),
+                (&"low_space".into(), &"backing".into())
+            );
+            assert!(event["free_bytes"].as_u64().unwrap() > 1 << 20, "{event}");
+            assert!(event["percent_used"].as_u64().unwrap() >= 80, "{event}");
+        }
+    }
+    assert!(told.is_some_and(|at| at < mib), "{told:?} of {mib}");
+    let mut client = ControlClient::connect(&control).unwrap();
+    let stats = client.call("stats", Value::Null).unwrap();
+    assert!(stats["backing_free_bytes"][0]["value"].as_u64().unwrap() < 4 << 20);
+    assert!(stats["slots_free_bytes"][0]["value"].as_u64().unwrap() > 30 << 20);
+    assert_eq!(card.log().matches("% full").count(), 1, "{}", card.log());
+
+    // Somebody makes room.
+    std::fs::remove_file(files.path("small/ballast")).unwrap();
+    let event = events.next(PATIENCE).unwrap().unwrap();
+    assert_eq!(event["kind"], "ample_space", "{event}");
+    card.wait_for("there is room for the volume again");
+    drop(guest);
+    card.stop();
+}
+
+#[test]
+fn an_event_tells_of_a_new_size() {
+    use offload::control::ControlClient;
+    use std::time::Duration;
+    let files = Files::with_volume("16M");
+    let control = files.path("control");
+    let card = files.serve(&["--control-socket", control.to_str().unwrap()]);
+    let guest = Guest::new(&card);
+    let mut events = ControlClient::connect(&control)
+        .unwrap()
+        .subscribe()
+        .unwrap();
+    let control = control.to_str().unwrap();
+    succeeds(&["resize", "--control-socket", control, "--size", "32M"]);
+    let event = events.next(Duration::from_secs(10)).unwrap().unwrap();
+    assert_eq!(event["kind"], "resized");
+    assert_eq!(event["size_bytes"], 32 << 20);
+    drop(guest);
+    card.stop();
+}

@@ -129,6 +129,25 @@ fn a_disk_needs_exactly_one_key() {
 }
 
 #[test]
+fn an_ephemeral_disk_has_a_size_and_no_key_and_shares_its_folder() {
+    let key = "key-file = \"root.key\"";
+    let ephemeral = GOOD.replace(key, "ephemeral = \"10G\"");
+    let second = "\n[[disk]]\nvolume = \"root.vol\"\nephemeral = \"1M\"\n";
+    let spec = parse_text(&(ephemeral + second)).unwrap();
+    assert_eq!(spec.disks[0].key, KeySource::Ephemeral(10 << 30));
+    assert_eq!(spec.disks[2].key, KeySource::Ephemeral(1 << 20));
+    for wrong in ["much", "0", "1000", "1048577"] {
+        let (message, at) = refused(key, &format!("ephemeral = \"{wrong}\""));
+        assert!(message.contains("cannot be had"), "{message}");
+        assert_eq!(at, format!("\"{wrong}\""));
+    }
+    let (message, _) = refused(key, &format!("{key}\nephemeral = \"1G\""));
+    assert!(message.contains("no key of yours"), "{message}");
+    let (message, _) = refused(key, "read-only = true\nephemeral = \"1G\"");
+    assert!(message.contains("holds nothing"), "{message}");
+}
+
+#[test]
 fn one_volume_is_not_served_twice() {
     let (message, at) = refused("\"data.vol\"", "\"root.vol\"");
     assert_eq!(

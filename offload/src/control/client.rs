@@ -136,6 +136,18 @@ impl ControlClient {
         }
     }
 
+    /// Asks for events: the connection is for those from now on.
+    ///
+    /// # Errors
+    /// As for [`ControlClient::call`].
+    pub fn subscribe(mut self) -> Result<EventStream, ClientError> {
+        self.call("events", Value::Null)?;
+        Ok(EventStream {
+            stream: self.stream,
+            line: Vec::new(),
+        })
+    }
+
     fn read_line(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut line = Vec::new();
         let n = (&mut self.stream)
@@ -150,6 +162,50 @@ impl ControlClient {
         } else {
             ClientError::Closed
         })
+    }
+}
+
+/// What a card tells without being asked.
+#[derive(Debug)]
+pub struct EventStream {
+    stream: BufReader<UnixStream>,
+    /// What has come of the next event.
+    line: Vec<u8>,
+}
+
+impl EventStream {
+    /// The next event's fields, `kind` among them. `None`: none came within `timeout`.
+    ///
+    /// # Errors
+    /// The card is gone, or dropped this client for being slow.
+    pub fn next(&mut self, timeout: Duration) -> Result<Option<Value>, ClientError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let socket = self.stream.get_ref();
+            socket.set_read_timeout(Some(left)).map_err(io_error)?;
+            let room = MAX_RESPONSE.saturating_sub(self.line.len() as u64);
+            let got = (&mut self.stream)
+                .take(room)
+                .read_until(b'\n', &mut self.line);
+            match got.map_err(io_error) {
+                Err(ClientError::Timeout) => continue,
+                Err(error) => return Err(error),
+                Ok(0) if room == 0 => return Err(ClientError::TooLong),
+                Ok(0) => return Err(ClientError::Closed),
+                Ok(_) if self.line.last() != Some(&b'\n') => continue,
+                Ok(_) => {}
+            }
+            let line = std::mem::take(&mut self.line);
+            let mut message: Value =
+                serde_json::from_slice(&line).map_err(ClientError::Malformed)?;
+            if let Some(event) = message.get_mut("event") {
+                return Ok(Some(event.take()));
+            }
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 use serde_json::{Value, json};
 
+use super::events::EventSender;
 use super::protocol::{ControlError, ControlErrorKind, parse_request};
 use super::session::Session;
 use crate::cli::{SocketError, SocketFile, bind_socket};
@@ -22,6 +23,9 @@ use crate::telemetry::{RateLimited, Registry, shown};
 
 /// Clients served at once; one more is told to come back later.
 pub const MAX_CONNECTIONS: usize = 16;
+
+/// The method that subscribes.
+const EVENTS: &str = "events";
 
 /// How long the listener is left alone after the process ran out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -45,6 +49,7 @@ pub struct ControlServer {
     listener: UnixListener,
     file: SocketFile,
     methods: BTreeMap<&'static str, Method>,
+    events: EventSender,
 }
 
 impl fmt::Debug for ControlServer {
@@ -75,6 +80,7 @@ impl ControlServer {
             listener,
             file,
             methods: BTreeMap::new(),
+            events: EventSender::new().map_err(ServeError::Thread)?,
         }
         .method("ping", |_| Ok(Value::Null))
         .method("version", move |_| {
@@ -95,13 +101,19 @@ impl ControlServer {
         self
     }
 
+    /// Where events for its subscribed clients come from.
+    #[must_use]
+    pub fn events(&self) -> EventSender {
+        self.events.clone()
+    }
+
     /// Serves on a thread of its own, until `stop` or until the returned handle is dropped.
     ///
     /// # Errors
     /// No thread or no descriptor is to be had.
     pub fn spawn(mut self, stop: StopSignal) -> Result<ControlThread, ServeError> {
         let mut names: Vec<&str> = self.methods.keys().copied().collect();
-        names.push("methods");
+        names.extend(["methods", EVENTS]);
         names.sort_unstable();
         let names = json!(names);
         self = self.method("methods", move |_| Ok(names.clone()));
@@ -169,10 +181,29 @@ impl Loop {
             if listener_ready {
                 self.accept(now);
             }
+            self.tell(now);
             let methods = &self.server.methods;
             self.clients.retain_mut(|(stream, session)| {
                 serve(stream, session, methods, now).is_ok() && !session.is_over(now)
             });
+        }
+    }
+
+    /// Hands new events to those who subscribed.
+    fn tell(&mut self, now: Instant) {
+        let mut slow = 0_usize;
+        for line in self.server.events.take() {
+            self.clients.retain_mut(|(_, session)| {
+                let told = session.tell(&line, now);
+                slow += usize::from(told.is_err());
+                told.is_ok()
+            });
+        }
+        if slow > 0 {
+            self.complain(
+                now,
+                format_args!("{slow} clients were dropped: they do not take their events"),
+            );
         }
     }
 
@@ -181,7 +212,8 @@ impl Loop {
         let now = Instant::now();
         let accepting = self.accept_after.is_none_or(|after| now >= after);
         let [stop, dropped] = self.stops.each_ref().map(StopSignal::fd);
-        let mut fds = Vec::with_capacity(3 + self.clients.len());
+        let events = self.server.events.fd();
+        let mut fds = Vec::with_capacity(4 + self.clients.len());
         let listener_flags = if accepting {
             PollFlags::IN
         } else {
@@ -190,6 +222,7 @@ impl Loop {
         fds.push(PollFd::new(&self.server.listener, listener_flags));
         fds.push(PollFd::new(&stop, PollFlags::IN));
         fds.push(PollFd::new(&dropped, PollFlags::IN));
+        fds.push(PollFd::new(&events, PollFlags::IN));
         for (stream, session) in &self.clients {
             let flags = if session.wants_output() {
                 PollFlags::OUT
@@ -303,7 +336,8 @@ fn serve(
             }
             return Ok(());
         };
-        session.respond(&answer(&line, methods).into(), now);
+        let response = answer(&line, methods, session).into();
+        session.respond(&response, now);
     }
 }
 
@@ -311,8 +345,16 @@ fn is_not_yet(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
-fn answer(line: &[u8], methods: &BTreeMap<&'static str, Method>) -> Result<Value, ControlError> {
+fn answer(
+    line: &[u8],
+    methods: &BTreeMap<&'static str, Method>,
+    session: &mut Session,
+) -> Result<Value, ControlError> {
     let request = parse_request(line)?;
+    if request.method == EVENTS {
+        session.subscribe();
+        return Ok(json!({ "subscribed": true }));
+    }
     let method = methods.get(request.method.as_ref()).ok_or_else(|| {
         ControlError::new(
             ControlErrorKind::UnknownMethod,

@@ -8,7 +8,8 @@
 //! |---|---|
 //! | nothing sent, nothing waiting | [`IDLE`] after the last response |
 //! | half a request | [`REQUEST`] after its first byte |
-//! | response not taken | [`RESPONSE`] after it was made |
+//! | response or event not taken | [`RESPONSE`] after it was made |
+//! | subscribed, nothing sent, nothing waiting | never |
 
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,11 @@ use super::protocol::{ControlError, ControlErrorKind, MAX_LINE, Response};
 pub(super) const IDLE: Duration = Duration::from_secs(300);
 pub(super) const REQUEST: Duration = Duration::from_secs(5);
 pub(super) const RESPONSE: Duration = Duration::from_secs(5);
+
+/// Bytes of events and responses that may wait for a client.
+pub const MAX_EVENT_BYTES: usize = 64 * 1024;
+/// As good as never, and near enough for an `Instant`.
+const NEVER: Duration = Duration::from_secs(10 * 365 * 86400);
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -27,6 +33,7 @@ pub(super) struct Session {
     sent: usize,
     deadline: Instant,
     closing: bool,
+    is_subscribed: bool,
 }
 
 impl Session {
@@ -38,6 +45,7 @@ impl Session {
             sent: 0,
             deadline: now + IDLE,
             closing: false,
+            is_subscribed: false,
         }
     }
 
@@ -47,6 +55,30 @@ impl Session {
         session.respond(&Response::Error(error), now);
         session.closing = true;
         session
+    }
+
+    /// From now on the client gets events.
+    pub(super) fn subscribe(&mut self) {
+        self.is_subscribed = true;
+    }
+
+    /// Queues an event, if the client subscribed. An error: too much waits for it already.
+    pub(super) fn tell(&mut self, line: &[u8], now: Instant) -> Result<(), TooSlow> {
+        if !self.is_subscribed || self.closing {
+            return Ok(());
+        }
+        if self.output().len() + line.len() > MAX_EVENT_BYTES {
+            return Err(TooSlow);
+        }
+        if !self.wants_output() {
+            self.deadline = now + RESPONSE;
+        }
+        self.output.extend_from_slice(line);
+        Ok(())
+    }
+
+    fn idle(&self) -> Duration {
+        if self.is_subscribed { NEVER } else { IDLE }
     }
 
     /// Should more be read now?
@@ -113,7 +145,7 @@ impl Session {
                 return Some(line);
             }
             if self.input.is_empty() {
-                self.deadline = now + IDLE;
+                self.deadline = now + self.idle();
             }
         }
         None
@@ -131,10 +163,19 @@ impl Session {
         if !self.wants_output() {
             self.output = Vec::new();
             self.sent = 0;
-            self.deadline = now + if self.input.is_empty() { IDLE } else { REQUEST };
+            self.deadline = now
+                + if self.input.is_empty() {
+                    self.idle()
+                } else {
+                    REQUEST
+                };
         }
     }
 }
+
+/// A client does not take its events.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct TooSlow;
 
 #[cfg(test)]
 mod tests {
@@ -199,6 +240,26 @@ mod tests {
         session.sent(1, start + 4 * SECOND);
         assert!(!session.is_over(start + 4 * SECOND));
         assert!(session.is_over(start + RESPONSE));
+    }
+
+    #[test]
+    fn a_subscriber_may_be_silent_for_days_but_has_to_take_what_it_gets() {
+        let start = Instant::now();
+        let mut session = Session::new(start);
+        assert_eq!(session.tell(b"early\n", start), Ok(()));
+        assert!(!session.wants_output());
+        session.subscribe();
+        session.respond(&Response::Ok(Value::Null), start);
+        assert_eq!(session.tell(b"event\n", start), Ok(()));
+        assert_eq!(session.output(), b"{\"ok\":null}\nevent\n");
+        session.sent(session.output().len(), start);
+        let later = start + 100_000 * SECOND;
+        assert!(!session.is_over(later));
+        assert_eq!(session.tell(b"event\n", later), Ok(()));
+        assert!(!session.is_over(later) && session.is_over(later + RESPONSE));
+        let flood = vec![b'x'; MAX_EVENT_BYTES - 6];
+        assert_eq!(session.tell(&flood, later), Ok(()));
+        assert_eq!(session.tell(b"x", later), Err(TooSlow));
     }
 
     #[test]

@@ -20,6 +20,7 @@ struct Rig {
     dir: tempfile::TempDir,
     stats: Arc<QueueStats>,
     stop: StopSignal,
+    events: EventSender,
     thread: Option<ControlThread>,
 }
 
@@ -30,8 +31,10 @@ impl Rig {
         let registry = Registry::new("card");
         registry.queue(0, &stats);
         let stop = StopSignal::new().unwrap();
-        let thread = ControlServer::bind(&dir.path().join("s"), "card", "1.2.3", &registry)
-            .unwrap()
+        let server =
+            ControlServer::bind(&dir.path().join("s"), "card", "1.2.3", &registry).unwrap();
+        let events = server.events();
+        let thread = server
             .method("double", |params| match params.as_i64() {
                 Some(n) => Ok(json!(n * 2)),
                 None => Err(ControlError::bad_params("a number is wanted")),
@@ -43,6 +46,7 @@ impl Rig {
             dir,
             stats,
             stop,
+            events,
             thread: Some(thread),
         }
     }
@@ -87,7 +91,7 @@ fn a_client_reads_stats_metrics_version_and_methods() {
     assert_eq!(
         client.call("methods", Value::Null).unwrap(),
         json!([
-            "big", "double", "methods", "metrics", "ping", "stats", "version"
+            "big", "double", "events", "methods", "metrics", "ping", "stats", "version"
         ])
     );
 }
@@ -329,4 +333,55 @@ fn answers_that_are_none_are_errors_of_the_client() {
         answer(b"{\"ok\":1,\"error\":2}\n"),
         ClientError::Malformed(_)
     ));
+}
+
+#[test]
+fn subscribers_get_events_and_others_do_not() {
+    let rig = Rig::new();
+    let mut other = rig.client();
+    rig.events.send("early", json!({}));
+    let mut one = rig.client().subscribe().unwrap();
+    let mut two = rig.client().subscribe().unwrap();
+    rig.events.send("low_space", json!({ "free_bytes": 7 }));
+    for stream in [&mut one, &mut two] {
+        let event = stream.next(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(event, json!({ "kind": "low_space", "free_bytes": 7 }));
+        assert_eq!(stream.next(Duration::from_millis(20)).unwrap(), None);
+    }
+    assert_eq!(other.call("ping", Value::Null).unwrap(), Value::Null);
+    let methods = other.call("methods", Value::Null).unwrap();
+    assert!(methods.as_array().unwrap().contains(&json!("events")));
+    drop(one);
+    rig.events.send("again", json!({}));
+    let event = two.next(Duration::from_secs(10)).unwrap().unwrap();
+    assert_eq!(event["kind"], "again");
+    rig.stop.stop();
+    assert!(two.next(Duration::from_secs(10)).is_err());
+}
+
+#[test]
+fn a_subscriber_that_does_not_read_is_dropped_and_nobody_waits_for_it() {
+    let rig = Rig::new();
+    let slow = rig.client().subscribe().unwrap();
+    let mut quick = rig.client().subscribe().unwrap();
+    let mut other = rig.client();
+    let text = "x".repeat(4000);
+    // More than both sockets' buffers and the bound together.
+    for number in 0..400 {
+        rig.events
+            .send("big", json!({ "number": number, "text": text }));
+        let event = quick.next(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(event["number"], number);
+    }
+    assert_eq!(other.call("ping", Value::Null).unwrap(), Value::Null);
+    let mut slow = slow;
+    let mut seen = 0;
+    let end = loop {
+        match slow.next(Duration::from_secs(10)) {
+            Ok(Some(_)) => seen += 1,
+            other => break other,
+        }
+    };
+    assert!(matches!(end, Err(ClientError::Closed)), "{end:?}");
+    assert!(seen < 400, "{seen}");
 }

@@ -18,7 +18,7 @@ use indicatif::ProgressBar;
 use offload::cli::format_size;
 use serde_json::json;
 
-use super::open::{id_text, serial_text, volume};
+use super::open::{any_volume, id_text, serial_text};
 use super::progress;
 use crate::args::CheckArgs;
 use crate::volume::backing::{Access, Backing};
@@ -34,8 +34,11 @@ const THREADS: usize = 4;
 
 /// Checks; whether all is well.
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<bool> {
-    let (backing, recovered) = volume(&args.volume, args.key.source(), Access::Read)?;
+    let (backing, recovered) = any_volume(&args.volume, args.key.source(), Access::Read)?;
     let mut findings = Findings::default();
+    if recovered.superblock.incomplete {
+        findings.add("the import into it has not ended: parts of the image are missing".to_owned());
+    }
     check_copies(&recovered, &mut findings);
     check_pages(&recovered, &mut findings);
     check_space(&recovered, &mut findings);
@@ -328,10 +331,10 @@ fn report(args: &CheckArgs, recovered: &Recovered, blocks: u64, findings: &Findi
             "problem_count": findings.count,
             "problems": findings.listed,
         });
-        println!("{report:#}");
+        say!("{report:#}");
         return;
     }
-    println!(
+    say!(
         "{}: volume {}, {}\n  data  {blocks} blocks ({}) read\n  log   {log}",
         args.volume.display(),
         serial_text(&superblock.serial),
@@ -339,13 +342,13 @@ fn report(args: &CheckArgs, recovered: &Recovered, blocks: u64, findings: &Findi
         format_size(blocks * BLOCK_LEN as u64),
     );
     for problem in &findings.listed {
-        println!("  damaged: {problem}");
+        say!("  damaged: {problem}");
     }
     let rest = findings.count - findings.listed.len() as u64;
     if rest > 0 {
-        println!("  and {rest} more");
+        say!("  and {rest} more");
     }
-    println!("{}", if is_clean { "clean" } else { "damaged" });
+    say!("{}", if is_clean { "clean" } else { "damaged" });
 }
 
 #[cfg(test)]

@@ -11,17 +11,23 @@ use offload::cli::format_size;
 use super::open::{id_text, key, serial_text, spare_the_key};
 use crate::args::CreateArgs;
 use crate::volume::backing::{Backing, FileBacking};
-use crate::volume::create::create;
+use crate::volume::create::{Fills, create_for};
 use crate::volume::geometry::Geometry;
 use crate::volume::superblock::Superblock;
 
 pub(super) fn run(args: &CreateArgs) -> anyhow::Result<()> {
     spare_the_key(&args.key, &args.volume)?;
     let material = key(args.key.source())?;
-    let (_, superblock, unfinished) =
-        make(&args.volume, args.size, args.spare, &material, args.force)?;
+    let (_, superblock, unfinished) = make(
+        &args.volume,
+        args.size,
+        args.spare,
+        &material,
+        args.force,
+        Fills::Guest,
+    )?;
     unfinished.keep()?;
-    println!(
+    say!(
         "{}: a new volume of {}\n  id      {}\n  serial  {}",
         args.volume.display(),
         format_size(superblock.geometry.volume_len()),
@@ -81,6 +87,7 @@ pub(super) fn make(
     spare: u64,
     material: &KeyMaterial,
     may_overwrite: bool,
+    fills: Fills,
 ) -> anyhow::Result<(FileBacking, Superblock, Unfinished)> {
     // Before anything is touched.
     let asked = size
@@ -102,7 +109,7 @@ pub(super) fn make(
     backing
         .set_len(geometry.backing_len())
         .with_context(|| format!("cannot make {} long enough", path.display()))?;
-    let superblock = create(&backing, geometry, material, Argon2Params::default())
+    let superblock = create_for(&backing, geometry, material, Argon2Params::default(), fills)
         .with_context(|| format!("cannot make a volume in {}", path.display()))?;
     Ok((backing, superblock, unfinished))
 }

@@ -6,15 +6,15 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use offload::cli::format_size;
 use rustix::fs::{FallocateFlags, SeekFrom};
+use tempfile::NamedTempFile;
 
-use super::create::Unfinished;
 use super::open::{serial_text, spare_the_key, volume};
 use super::progress;
 use super::pump::{Bytes, CHUNK, DEPTH, Pump};
@@ -33,7 +33,6 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let (backing, recovered) = volume(&args.volume, args.key.source(), Access::Read)?;
     let source = std::fs::metadata(&args.volume)?;
     let len = recovered.superblock.geometry.volume_len();
-    let unfinished = Unfinished::at(&args.image);
     let target = Target::open(&args.image, len, args.force, (source.dev(), source.ino()))?;
     let mut missing = lost_blocks(&recovered);
     let runs = runs(&recovered);
@@ -46,11 +45,9 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let mut pump = Pump::new(&volume, backing).context("cannot set up io_uring")?;
     let written = copy(&mut pump, runs, &target, &mut missing)?;
     target
-        .file
-        .sync_all()
+        .keep(args.force)
         .with_context(|| format!("cannot make {} durable", args.image.display()))?;
-    unfinished.keep()?;
-    println!(
+    say!(
         "{}: {} with {} of data, decrypted; keep it safe",
         args.image.display(),
         format_size(len),
@@ -97,8 +94,12 @@ fn lost_blocks(recovered: &Recovered) -> Vec<u64> {
         .collect()
 }
 
+/// A file is written under another name, for its owner only (it is plaintext), and takes its place when
+/// it is complete: what was there before stays until then, and a full disk leaves nothing behind.
 struct Target {
     file: File,
+    /// The file and the place that it will have; none for a device.
+    unnamed: Option<(NamedTempFile, PathBuf)>,
 }
 
 impl Target {
@@ -126,15 +127,12 @@ impl Target {
                 );
             }
         }
-        let mut options = File::options();
-        // Plaintext: for its owner only.
-        options.read(true).write(true).mode(0o600);
-        match existing {
-            None => options.create_new(true),
-            Some(_) => &mut options,
-        };
-        let file = options.open(path).with_context(failed)?;
         if existing.is_some_and(|meta| meta.file_type().is_block_device()) {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .with_context(failed)?;
             let room = rustix::fs::seek(&file, SeekFrom::End(0)).with_context(failed)?;
             if room < len {
                 bail!(
@@ -143,11 +141,42 @@ impl Target {
                 );
             }
             zero_device(&file, len).with_context(failed)?;
-        } else {
-            file.set_len(0).with_context(failed)?;
-            file.set_len(len).with_context(failed)?;
+            return Ok(Self {
+                file,
+                unnamed: None,
+            });
         }
-        Ok(Self { file })
+        // Through a link, to the file that it means.
+        let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let named = NamedTempFile::with_prefix_in(".vhost-blk-export-", folder(&place))
+            .with_context(failed)?;
+        let file = named.as_file().try_clone().with_context(failed)?;
+        file.set_len(len).with_context(failed)?;
+        Ok(Self {
+            file,
+            unnamed: Some((named, place)),
+        })
+    }
+
+    /// It is complete: makes it durable, and gives it its name.
+    fn keep(self, may_overwrite: bool) -> std::io::Result<()> {
+        self.file.sync_all()?;
+        let Some((named, place)) = self.unnamed else {
+            return Ok(());
+        };
+        if may_overwrite {
+            named.persist(&place)?;
+        } else {
+            named.persist_noclobber(&place)?;
+        }
+        File::open(folder(&place))?.sync_all()
+    }
+}
+
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     }
 }
 

@@ -29,6 +29,7 @@ use super::pump::{Bytes, CHUNK, DEPTH, Pump};
 use crate::args::ImportArgs;
 use crate::device::report::LogReporter;
 use crate::volume::backing::Backing;
+use crate::volume::create::Fills;
 use crate::volume::engine::{Op, Volume};
 use crate::volume::geometry::SPARE_PERCENT;
 use crate::volume::geometry::{BLOCK_LEN, MIN_VOLUME_LEN};
@@ -50,6 +51,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
         SPARE_PERCENT,
         &material,
         args.force,
+        Fills::Import,
     )?;
     let backing = Arc::new(backing);
     let recovered = recover(&*backing, &material)?;
@@ -61,10 +63,11 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
     );
     volume.attach(None)?;
     let copied = copy(&source, &volume, &backing)?;
+    volume.complete()?;
     volume.close()?;
     unfinished.keep()?;
 
-    println!(
+    say!(
         "{}: a new volume of {}, {} of it data, from {}\n  id      {}\n  serial  {}",
         args.volume.display(),
         format_size(size),
@@ -74,7 +77,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
         serial_text(&superblock.serial),
     );
     if size != source.len {
-        println!(
+        say!(
             "  note    the image has {} bytes; the volume was rounded up to {size}",
             source.len
         );
@@ -132,6 +135,9 @@ impl Source {
         }
         if args.format.is_none() {
             refuse_other_files(image, format)?;
+        }
+        if format == "qcow2" {
+            refuse_damaged(image, format)?;
         }
         let converted = convert(image, format, &args.volume)?;
         let file = converted
@@ -240,6 +246,29 @@ fn refuse_other_files(image: &Path, format: &str) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// `qemu-img convert` reads what is behind the end of a truncated image as zeros and succeeds.
+fn refuse_damaged(image: &Path, format: &str) -> anyhow::Result<()> {
+    let output = qemu_img(&["check", "-q", "-f", format], &[image])?
+        .output()
+        .context(NO_QEMU_IMG)?;
+    // 3: clusters that nothing uses, which cost room and no data.
+    if matches!(output.status.code(), Some(0 | 3)) {
+        return Ok(());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let first: Vec<&str> = said
+        .lines()
+        .filter(|line| !line.is_empty())
+        .take(3)
+        .collect();
+    bail!(
+        "{} is damaged or cut off: {}\nSee `qemu-img check`; copy it again from where it came from",
+        image.display(),
+        first.join("; "),
+    );
 }
 
 /// Converts an image to a raw, sparse temporary file beside the volume.

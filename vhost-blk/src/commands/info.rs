@@ -24,9 +24,9 @@ pub(super) fn run(args: &InfoArgs) -> anyhow::Result<()> {
         None => unverified(&backing)?,
     };
     if args.json {
-        println!("{info:#}");
+        say!("{info:#}");
     } else {
-        println!("{}", args.volume.display());
+        say!("{}", args.volume.display());
         print(&info, 1);
     }
     Ok(())
@@ -50,6 +50,7 @@ fn verified(recovered: &Recovered, backing: &FileBacking) -> anyhow::Result<Valu
         "allocated_bytes": backing.allocated()?,
         "generation": superblock.generation,
         "clean": superblock.clean,
+        "import_incomplete": superblock.incomplete,
         "replayed_batches": recovered.replayed,
         "damaged_pages": recovered.map.damaged().len() + recovered.space.damaged().len(),
         "created_unix_s": superblock.created,
@@ -88,6 +89,8 @@ fn unverified(backing: &FileBacking) -> anyhow::Result<Value> {
         "allocated_bytes": backing.allocated()?,
         "generation": newest.generation,
         "clean": newest.is_clean,
+        "import_incomplete": newest.is_incomplete,
+        "truncated": backing.len() < newest.backing_len,
         "created_unix_s": newest.created,
         "key_slots": slots(&newest.key_slots),
         "header_copies": copies.each_ref().map(|copy| match copy {
@@ -137,6 +140,6 @@ fn print(value: &Value, depth: usize) {
                 .join("; "),
             other => other.to_string(),
         };
-        println!("{:depth$}{label:20}{text}", "", depth = depth * 2);
+        say!("{:depth$}{label:20}{text}", "", depth = depth * 2);
     }
 }

@@ -18,7 +18,7 @@ pub(super) fn run(args: &LimitsArgs) -> anyhow::Result<()> {
     };
     let told = ControlClient::connect(&args.control_socket)?.call("limits", wanted)?;
     if args.json {
-        println!("{told}");
+        say!("{told}");
         return Ok(());
     }
     let wire: Wire = serde_json::from_value(told).context("the card's answer is not understood")?;

@@ -3,6 +3,15 @@
 //! Errors come back as one chain and are printed once, here, in one line that says what to do
 //! next.
 
+/// A line on standard output. Whoever reads it may leave early (`| head`): what the command does and
+/// its exit status do not depend on that.
+macro_rules! say {
+    ($($line:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($line)*);
+    }};
+}
+
 mod check;
 mod compact;
 mod create;
@@ -14,6 +23,7 @@ mod open;
 mod progress;
 mod pump;
 mod rehome;
+mod resize;
 mod serve;
 
 use std::error::Error;
@@ -29,6 +39,7 @@ pub fn run(command: Command) -> ExitCode {
         Command::Create(args) => create::run(&args).map(|()| 0),
         Command::Serve(args) => serve::run(&args).map(|()| 0),
         Command::Limits(args) => limits::run(&args).map(|()| 0),
+        Command::Resize(args) => resize::run(&args).map(|()| 0),
         Command::Info(args) => info::run(&args).map(|()| 0),
         Command::Check(args) => {
             failure = 2;

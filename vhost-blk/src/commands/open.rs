@@ -5,10 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use crypto::keys::Dek;
 use crypto::source::{KeyMaterial, KeySource};
 
 use crate::args::KeyArgs;
 use crate::volume::backing::{Access, FileBacking};
+use crate::volume::create::create_ephemeral;
+use crate::volume::geometry::Geometry;
 use crate::volume::recover::{Recovered, recover};
 use crate::volume::superblock::{SERIAL_LEN, VolumeId};
 
@@ -32,10 +35,48 @@ pub fn volume(
     source: Option<KeySource>,
     access: Access,
 ) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
+    let (backing, recovered) = any_volume(path, source, access)?;
+    if recovered.superblock.incomplete {
+        bail!(
+            "{}: the import into this volume has not ended, so parts of the image are missing; run \
+             `vhost-blk import --force` again",
+            path.display()
+        );
+    }
+    Ok((backing, recovered))
+}
+
+/// As [`volume`], also one that an import did not finish.
+///
+/// # Errors
+/// The key, the backing or what it holds is not as it should be.
+pub fn any_volume(
+    path: &Path,
+    source: Option<KeySource>,
+    access: Access,
+) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
     let material = key(source)?;
     let backing = FileBacking::open(path, access)?;
     let recovered = recover(&backing, &material)
         .with_context(|| format!("cannot open the volume {}", path.display()))?;
+    Ok((Arc::new(backing), recovered))
+}
+
+/// Makes a volume of `size` bytes at `path` whose key only this process has.
+///
+/// # Errors
+/// The size is impossible, the place is taken, or the backing fails.
+pub(super) fn ephemeral(path: &Path, size: u64) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
+    // Before anything is made.
+    let geometry = Geometry::for_volume(size)?;
+    let failed = || format!("cannot make an ephemeral volume in {}", path.display());
+    let mut backing = FileBacking::ephemeral(path)?;
+    backing
+        .set_len(geometry.backing_len())
+        .with_context(failed)?;
+    let key = Dek::generate()?;
+    create_ephemeral(&backing, geometry, &key).with_context(failed)?;
+    let recovered = recover(&backing, &key).with_context(failed)?;
     Ok((Arc::new(backing), recovered))
 }
 

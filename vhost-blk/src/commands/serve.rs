@@ -22,11 +22,13 @@ use offload::telemetry::Registry;
 use offload::vhost_user::Backend;
 use serde_json::{Value, json};
 
-use super::open::{id_text, serial_text, volume};
+use super::open::{ephemeral, id_text, serial_text, volume};
 use super::rehome::{self, Rehomer};
 use crate::args::ServeArgs;
 use crate::device::limits::{Limits, Wire};
 use crate::device::report::LogReporter;
+use crate::device::resize::ResizeMethod;
+use crate::device::watch::SpaceWatch;
 use crate::device::{BlockDevice, Settings};
 use crate::volume::backing::{Access, Backing};
 use crate::volume::engine::{Phase, Volume};
@@ -46,11 +48,16 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     } else {
         Access::Write
     };
-    let (backing, recovered) = volume(&args.volume, args.key.source(), access)?;
+    let (backing, recovered) = match args.ephemeral {
+        Some(size) => ephemeral(&args.volume, size)?,
+        None => volume(&args.volume, args.key.source(), access)?,
+    };
+    let leftover = args.ephemeral.map(|_| Arc::clone(&backing));
     tell(&recovered);
     let superblock = &recovered.superblock;
     let settings = Settings {
         is_read_only: args.read_only,
+        is_ephemeral: args.ephemeral.is_some(),
         queues: args.queues,
         queue_size: args.queue_size,
         serial: args.serial.unwrap_or(superblock.serial),
@@ -64,6 +71,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let reporter = Box::new(LogReporter::new(serial_text(&superblock.serial)));
     let as_backing = Arc::clone(&backing) as Arc<dyn Backing>;
     let volume = Volume::new(recovered, as_backing, reporter);
+    let room = (Arc::clone(volume.shared()), Arc::clone(&backing));
     let device = Arc::new(BlockDevice::new(
         volume,
         Arc::clone(&backing),
@@ -73,6 +81,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
 
     let registry = Registry::new("vhost_blk");
     device.register(&registry);
+    SpaceWatch::register(&registry, &room.0, &room.1);
     let moves = rehome::Handle::new(args.rehome_rate, !args.read_only);
     let listener = match inherited {
         Some(listener) => listener,
@@ -88,13 +97,23 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let report = sandbox(args).context("cannot set up the sandbox")?;
     tracing::info!("sandboxed: {report}");
 
+    let events = control.as_ref().map(ControlServer::events);
     let control = control
         .map(|server| server.spawn(stop.clone()))
         .transpose()?;
+    let watch = (!args.read_only)
+        .then(|| SpaceWatch::start(room.0, room.1, args.low_space, events))
+        .transpose()
+        .context("cannot watch the volume's room")?;
     let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
+    device.announce_over(backend.config_change_notifier());
     tracing::info!(
         "serving volume {serial} ({id}), {size}{}",
-        if args.read_only { ", read-only" } else { "" }
+        match args.ephemeral {
+            Some(_) => ", ephemeral: it ends with this process",
+            None if args.read_only => ", read-only",
+            None => "",
+        }
     );
     let rehomer = (!args.read_only)
         .then(|| Rehomer::start(&moves, &device, &backing))
@@ -105,6 +124,15 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     // Ends the queues' threads, so that nothing is under way any more.
     drop(backend);
     drop(control);
+    drop(watch);
+    if let Some(backing) = leftover {
+        backing.wipe().context(
+            "what the ephemeral volume held could not be overwritten; nobody has its key",
+        )?;
+        served?;
+        tracing::info!("volume {serial} is gone");
+        return Ok(());
+    }
     device
         .volume()
         .close()
@@ -145,6 +173,8 @@ fn control(
     moves: &rehome::Handle,
 ) -> anyhow::Result<ControlServer> {
     let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
+    let resize = ResizeMethod::new(Arc::clone(device), server.events());
+    let server = server.method("resize", move |params| resize.call(&params));
     let device = Arc::clone(device);
     let limits = device.limits().clone();
     let server = server.method("limits", move |params| change(&limits, params));

@@ -10,6 +10,8 @@
 //! | [`driver`] | the engine's operations as io_uring entries | by its owner |
 //! | [`queue`] | a queue's requests from chain to status | through its thread's io_uring |
 //! | [`report`] | the engine's reports as log lines | |
+//! | [`resize`] | growing under a running guest | in a thread of its own |
+//! | [`watch`] | how much room is left | in a thread of its own |
 //!
 //! # When what becomes durable
 //! A write is acknowledged once its data are in the backing's hands and its delta is in the
@@ -25,7 +27,9 @@ pub mod payload;
 pub mod queue;
 pub mod report;
 pub mod request;
+pub mod resize;
 pub mod ring;
+pub mod watch;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,8 +48,8 @@ use self::queue::{BlockQueue, Latencies};
 use self::request::Terms;
 use self::ring::RegionMemory;
 use crate::volume::backing::FileBacking;
-use crate::volume::engine::{Lane, Phase, Stats, Volume};
-use crate::volume::ring::{self as delta_ring, RING_LEN, RingMemory};
+use crate::volume::engine::{AttachError, Lane, Phase, Stats, Volume};
+use crate::volume::ring::{self as delta_ring, RING_LEN, RingError, RingMemory};
 use crate::volume::superblock::SERIAL_LEN;
 
 /// What the driver may not do.
@@ -58,11 +62,17 @@ enum DriverError {
     Config { offset: u32, len: usize },
 }
 
+/// A guest that outlived the card of its ephemeral volume must not find an empty disk instead.
+const EPHEMERAL_LOST: &str = "this guest was using another ephemeral volume, whose card has ended: its \
+    data and its key are gone. Restart the guest; it will find an empty disk";
+
 /// How a volume is shown to the guest.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Takes no writes.
     pub is_read_only: bool,
+    /// The volume and its key end with this process.
+    pub is_ephemeral: bool,
     /// Queues.
     pub queues: u16,
     /// Largest queue size, a power of two.
@@ -123,6 +133,7 @@ pub struct BlockDevice {
     state: Arc<State>,
     stats: Vec<Arc<QueueStats>>,
     latencies: Vec<Arc<Latencies>>,
+    announcers: resize::Announcers,
 }
 
 impl BlockDevice {
@@ -137,6 +148,7 @@ impl BlockDevice {
         Self {
             stats: each.clone().map(|_| Arc::default()).collect(),
             latencies: each.map(|_| Arc::default()).collect(),
+            announcers: resize::Announcers::default(),
             state: Arc::new(State {
                 volume,
                 backing,
@@ -313,7 +325,12 @@ impl Device for BlockDevice {
         let memory = extra
             .clone()
             .map(|region| Arc::new(RegionMemory(region)) as Arc<dyn RingMemory>);
-        self.state.volume.attach(memory)?;
+        match self.state.volume.attach(memory) {
+            Err(AttachError::Ring(RingError::OtherVolume)) if self.state.settings.is_ephemeral => {
+                return Err(EPHEMERAL_LOST.into());
+            }
+            attached => attached?,
+        }
         // A frontend does not write the configuration again to a card that was restarted, and the
         // guest still counts on the mode that it chose.
         let mut choice = self.choice();

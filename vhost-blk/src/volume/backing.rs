@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
@@ -47,6 +48,12 @@ pub trait Backing: Send + Sync {
     /// # Errors
     /// The backing cannot do that.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Makes it at least `len` bytes long where that can be done; a device has the length that
+    /// somebody else gave it. Not durable before [`Backing::sync`]. Returns the length that it has now.
+    ///
+    /// # Errors
+    /// It cannot be lengthened.
+    fn extend(&self, len: u64) -> io::Result<u64>;
     /// Bytes that it has.
     fn len(&self) -> u64;
     /// Whether it has no bytes.
@@ -77,9 +84,35 @@ pub enum OpenError {
     /// A device that the kernel uses.
     #[error("{} is mounted or otherwise in use by the kernel; unmount it first", .0.display())]
     Mounted(PathBuf),
+    /// Something is there that an ephemeral volume must not take.
+    #[error(
+        "{} is there already, and an ephemeral volume makes its own file: name a folder, or a device that is \
+         blank (blkdiscard or wipefs makes it so)", .0.display()
+    )]
+    NotForEphemeral(PathBuf),
     /// The file is there and was not to be overwritten.
     #[error("{} is there already; give --force to overwrite it and lose what it holds", .0.display())]
     Exists(PathBuf),
+}
+
+/// Room that is there, and how much of it is free, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Free.
+    pub free: u64,
+    /// All.
+    pub total: u64,
+}
+
+impl Room {
+    /// How full it is, rounded down.
+    pub fn percent_used(self) -> u64 {
+        let used = u128::from(self.total.saturating_sub(self.free));
+        match u128::from(self.total) {
+            0 => 100,
+            total => (used * 100 / total) as u64,
+        }
+    }
 }
 
 /// How a backing is to be opened.
@@ -95,7 +128,7 @@ pub enum Access {
 #[derive(Debug)]
 pub struct FileBacking {
     file: File,
-    len: u64,
+    len: AtomicU64,
     is_device: bool,
     is_direct: bool,
 }
@@ -153,11 +186,84 @@ impl FileBacking {
                 })?;
             first.iter().all(|byte| *byte == 0)
         };
-        if may_overwrite || is_blank || (!backing.is_device && backing.len == 0) {
+        if may_overwrite || is_blank || (!backing.is_device && backing.is_empty()) {
             Ok(backing)
         } else {
             Err(OpenError::Exists(path.into()))
         }
+    }
+
+    /// Opens a backing for a volume that nobody will ever open again. At a folder, or at a name that is
+    /// not taken, that is a file without a name, whose room goes back to its file system when this
+    /// process ends, however it ends.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn ephemeral(path: &Path) -> Result<Self, OpenError> {
+        let failed = |source: io::Error| OpenError::Open {
+            path: path.into(),
+            source,
+        };
+        let folder = match std::fs::metadata(path) {
+            Ok(meta) if meta.file_type().is_block_device() => return Self::left_over(path),
+            Ok(meta) if meta.is_dir() => path,
+            Ok(_) => return Err(OpenError::NotForEphemeral(path.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match path.parent() {
+                Some(folder) if !folder.as_os_str().is_empty() => folder,
+                _ => Path::new("."),
+            },
+            Err(error) => return Err(failed(error)),
+        };
+        match Self::open_with(folder, OFlags::RDWR | OFlags::TMPFILE, Access::Write) {
+            // A file system that cannot make files without names.
+            Err(OpenError::Open { source, .. })
+                if source.kind() == io::ErrorKind::Unsupported
+                    || source.kind() == io::ErrorKind::IsADirectory => {}
+            other => return other,
+        }
+        let named = tempfile::Builder::new()
+            .prefix(".vhost-blk-ephemeral-")
+            .tempfile_in(folder)
+            .map_err(failed)?;
+        // Its name goes with `named`.
+        Self::open_with(named.path(), OFlags::RDWR, Access::Write)
+    }
+
+    /// A device that is blank, or holds what nobody can open any more.
+    fn left_over(path: &Path) -> Result<Self, OpenError> {
+        match Self::create(path, false) {
+            Err(OpenError::Exists(_)) => {}
+            other => return other,
+        }
+        let backing = Self::create(path, true)?;
+        let mut first = super::buffer::Buffer::zeroed(1);
+        backing
+            .read_at(0, &mut first)
+            .map_err(|source| OpenError::Open {
+                path: path.into(),
+                source,
+            })?;
+        match super::superblock::Superblock::peek(&first) {
+            Ok((_, slots)) if slots.iter().flatten().all(|byte| *byte == 0) => Ok(backing),
+            _ => Err(OpenError::NotForEphemeral(path.into())),
+        }
+    }
+
+    /// Takes what was stored away, as well as the backing can: its headers, then all of it. Files
+    /// without a name need none of this.
+    ///
+    /// # Errors
+    /// The headers could not be overwritten.
+    pub fn wipe(&self) -> io::Result<()> {
+        let blank = super::buffer::Buffer::zeroed(1);
+        for offset in super::superblock::COPIES {
+            self.write_at(offset, &blank)?;
+        }
+        self.sync()?;
+        if let Err(error) = self.punch(0, self.len()) {
+            tracing::debug!(%error, "the backing keeps what was written: nobody has the key");
+        }
+        Ok(())
     }
 
     fn open_with(path: &Path, flags: OFlags, access: Access) -> Result<Self, OpenError> {
@@ -168,7 +274,8 @@ impl FileBacking {
         // Type first: opening a FIFO would wait for its other end.
         if let Ok(meta) = std::fs::metadata(path) {
             let kind = meta.file_type();
-            if !kind.is_file() && !kind.is_block_device() {
+            let is_folder = kind.is_dir() && flags.contains(OFlags::TMPFILE);
+            if !kind.is_file() && !kind.is_block_device() && !is_folder {
                 return Err(OpenError::Kind(path.into()));
             }
         }
@@ -198,7 +305,7 @@ impl FileBacking {
         };
         Ok(Self {
             file,
-            len,
+            len: AtomicU64::new(len),
             is_device,
             is_direct,
         })
@@ -207,24 +314,16 @@ impl FileBacking {
     /// Makes a regular file `len` bytes long, all holes; a device stays as it is.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file system refuses; what the file held is then still there.
     pub fn set_len(&mut self, len: u64) -> io::Result<()> {
         if !self.is_device {
+            // The length that may be refused comes first.
+            if len > self.len() {
+                self.file.set_len(len)?;
+            }
             self.file.set_len(0)?;
             self.file.set_len(len)?;
-            self.len = len;
-        }
-        Ok(())
-    }
-
-    /// Grows a regular file to `len` bytes.
-    ///
-    /// # Errors
-    /// The file system refuses.
-    pub fn grow(&mut self, len: u64) -> io::Result<()> {
-        if !self.is_device && len > self.len {
-            self.file.set_len(len)?;
-            self.len = len;
+            *self.len.get_mut() = len;
         }
         Ok(())
     }
@@ -244,6 +343,25 @@ impl FileBacking {
         &self.file
     }
 
+    /// Room in the file system that a file is on, for those who are not root; a device has all of
+    /// itself.
+    ///
+    /// # Errors
+    /// The system says no.
+    pub fn room(&self) -> io::Result<Room> {
+        if self.is_device {
+            let total = self.len();
+            return Ok(Room { free: total, total });
+        }
+        let found = rustix::fs::fstatvfs(&self.file)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+        let used = found.f_blocks.saturating_sub(found.f_bfree);
+        Ok(Room {
+            free: bytes(found.f_bavail),
+            total: bytes(used.saturating_add(found.f_bavail)),
+        })
+    }
+
     /// Bytes of the file system that it takes; a device takes all of itself.
     ///
     /// # Errors
@@ -251,7 +369,7 @@ impl FileBacking {
     pub fn allocated(&self) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt;
         Ok(if self.is_device {
-            self.len
+            self.len()
         } else {
             self.file.metadata()?.blocks() * 512
         })
@@ -315,8 +433,24 @@ impl Backing for FileBacking {
         Ok(rustix::fs::fallocate(&self.file, flags, offset, len)?)
     }
 
+    fn extend(&self, len: u64) -> io::Result<u64> {
+        let now = if self.is_device {
+            // The position is nobody's: all I/O names its own.
+            (&self.file).seek(SeekFrom::End(0))?
+        } else {
+            let now = self.file.metadata()?.len();
+            if now < len {
+                self.file.set_len(len)?;
+            }
+            now.max(len)
+        };
+        self.len.store(now, Ordering::Relaxed);
+        Ok(now)
+    }
+
     fn len(&self) -> u64 {
-        self.len
+        // Relaxed: it only grows, and whoever needs the new length is told by the engine's lock.
+        self.len.load(Ordering::Relaxed)
     }
 }
 

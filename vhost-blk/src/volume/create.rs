@@ -56,6 +56,59 @@ pub fn create(
     material: &KeyMaterial,
     params: Argon2Params,
 ) -> Result<Superblock, CreateError> {
+    create_for(backing, geometry, material, params, Fills::Guest)
+}
+
+/// As [`create`], for whoever fills it.
+///
+/// # Errors
+/// See [`CreateError`].
+pub fn create_for(
+    backing: &dyn Backing,
+    geometry: Geometry,
+    material: &KeyMaterial,
+    params: Argon2Params,
+    fills: Fills,
+) -> Result<Superblock, CreateError> {
+    let random = |error: &dyn std::fmt::Display| CreateError::Key(error.to_string());
+    let dek = Dek::generate().map_err(|error| random(&error))?;
+    write(backing, geometry, &dek, fills, &|id| {
+        let slot = crypto::slot::seal(material, &dek, &volume_context(id), params);
+        slot.map(Some).map_err(|error| random(&error))
+    })
+}
+
+/// What becomes of a new volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fills {
+    /// A guest fills it: it is complete as it is.
+    Guest,
+    /// An import fills it: until that has ended, nobody shall take it for what it is to be.
+    Import,
+}
+
+/// As [`create`], but of a key that only the caller has: no key slot is written, so whoever lost the key
+/// has lost the volume.
+///
+/// # Errors
+/// See [`CreateError`].
+pub fn create_ephemeral(
+    backing: &dyn Backing,
+    geometry: Geometry,
+    key: &Dek,
+) -> Result<Superblock, CreateError> {
+    write(backing, geometry, key, Fills::Guest, &|_| Ok(None))
+}
+
+type SealSlot<'a> = &'a dyn Fn(&VolumeId) -> Result<Option<[u8; SLOT_LEN]>, CreateError>;
+
+fn write(
+    backing: &dyn Backing,
+    geometry: Geometry,
+    dek: &Dek,
+    fills: Fills,
+    seal_slot: SealSlot<'_>,
+) -> Result<Superblock, CreateError> {
     let need = geometry.backing_len();
     if backing.len() < need {
         let volume = geometry.volume_len();
@@ -71,19 +124,19 @@ pub fn create(
     getrandom::fill(&mut id).map_err(|error| key_error(&error))?;
     let mut chain = [0; 16];
     getrandom::fill(&mut chain).map_err(|error| key_error(&error))?;
-    let dek = Dek::generate().map_err(|error| key_error(&error))?;
     let key = SessionKey::generate().map_err(|error| key_error(&error))?;
-    let slot = crypto::slot::seal(material, &dek, &volume_context(&id), params)
-        .map_err(|error| key_error(&error))?;
     let wrapped = dek
         .wrap_session(&key, &session_context(&id, 1))
         .map_err(|error| key_error(&error))?;
     let mut key_slots = [[0; SLOT_LEN]; KEY_SLOTS];
-    key_slots[0] = slot;
+    if let (Some(place), Some(slot)) = (key_slots.first_mut(), seal_slot(&id)?) {
+        *place = slot;
+    }
     let superblock = Superblock {
         id,
         generation: 1,
         clean: true,
+        incomplete: fills == Fills::Import,
         session: 1,
         sequence: 1,
         geometry,

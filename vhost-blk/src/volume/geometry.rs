@@ -93,6 +93,17 @@ pub enum GeometryError {
         /// Bytes that are needed.
         need: u64,
     },
+    /// A volume only grows.
+    #[error(
+        "the volume has {have} bytes and cannot shrink to {asked}: what the guest keeps at its end would \
+         be lost. To have a smaller one, copy the files into a new volume"
+    )]
+    Shrink {
+        /// Bytes of the volume.
+        have: u64,
+        /// Bytes that were asked for.
+        asked: u64,
+    },
     /// Numbers read from a superblock contradict each other.
     #[error("the superblock's sizes contradict each other")]
     Inconsistent,
@@ -133,6 +144,59 @@ impl Geometry {
             chunks: LOG_START_CHUNK + log_chunks + data + spare + meta,
             log_chunks,
         })
+    }
+
+    /// Chunks without the log.
+    const fn body(&self) -> u64 {
+        self.chunks.saturating_sub(self.log_chunks)
+    }
+
+    /// The percentage of spare room that the volume was made with, or the nearest to it.
+    fn spare(&self) -> u64 {
+        let gives = |spare| Self::with_spare(self.volume_len(), spare).map_or(0, |g| g.body());
+        if gives(SPARE_PERCENT) == self.body() {
+            return SPARE_PERCENT;
+        }
+        let enough = (0..SPARE_MAX).find(|spare| gives(*spare) >= self.body());
+        enough.unwrap_or(SPARE_MAX)
+    }
+
+    /// The layout once the volume has grown to `len` bytes, with as much spare room in proportion. The
+    /// log stays as it is, for what is behind it cannot move.
+    ///
+    /// # Errors
+    /// The size is impossible, or smaller than it was.
+    pub fn grown(self, len: u64) -> Result<Self, GeometryError> {
+        let fresh = Self::with_spare(len, self.spare())?;
+        if fresh.blocks < self.blocks {
+            let have = self.volume_len();
+            return Err(GeometryError::Shrink { have, asked: len });
+        }
+        Self {
+            blocks: fresh.blocks,
+            chunks: (fresh.body() + self.log_chunks).max(self.chunks),
+            log_chunks: self.log_chunks,
+        }
+        .check()
+    }
+
+    /// The largest size that the volume can grow to in a backing of `len` bytes; its own if the
+    /// backing has no room for more.
+    pub fn largest_grown_in(self, len: u64) -> u64 {
+        let now = self.volume_len();
+        let (mut low, mut high) = (0, (MAX_VOLUME_LEN - now) / CHUNK_LEN);
+        while low < high {
+            let middle = low + (high - low).div_ceil(2);
+            let fits = self
+                .grown(now + middle * CHUNK_LEN)
+                .is_ok_and(|grown| grown.backing_len() <= len);
+            (low, high) = if fits {
+                (middle, high)
+            } else {
+                (low, middle - 1)
+            };
+        }
+        now + low * CHUNK_LEN
     }
 
     /// The largest volume with `spare` percent besides that fits a backing of `len` bytes.
@@ -245,6 +309,35 @@ mod tests {
             assert_eq!(found.check(), Ok(found));
         }
         assert!(Geometry::largest_in(3 << 20, 3).is_err());
+    }
+
+    #[test]
+    fn a_volume_grows_where_it_is_and_never_shrinks() {
+        let small = Geometry::for_volume(64 << 20).expect("size");
+        for len in [64 << 20, 65 << 20, 20 << 30, MAX_VOLUME_LEN] {
+            let grown = small.grown(len).expect("grows");
+            assert_eq!(grown.volume_len(), len);
+            assert_eq!(grown.log_chunks, small.log_chunks);
+            assert!(grown.chunks >= small.chunks);
+            assert_eq!(grown.data_start(), small.data_start());
+            let largest = small.largest_grown_in(grown.backing_len());
+            assert!((len..len + (64 << 20)).contains(&largest), "{largest}");
+        }
+        assert_eq!(
+            small.grown((64 << 20) - 4096),
+            Err(GeometryError::Shrink {
+                have: 64 << 20,
+                asked: (64 << 20) - 4096
+            })
+        );
+        for len in [0, (64 << 20) + 1, MAX_VOLUME_LEN + 4096, u64::MAX] {
+            assert_eq!(small.grown(len), Err(GeometryError::VolumeSize(len)));
+        }
+        assert_eq!(small.largest_grown_in(small.backing_len()), 64 << 20);
+        assert_eq!(small.largest_grown_in(0), 64 << 20);
+        let roomy = Geometry::with_spare(1 << 30, 50).expect("size");
+        let grown = roomy.grown(10 << 30).expect("grows");
+        assert!(grown.chunks >= 15 << 10, "it keeps its spare room");
     }
 
     #[test]

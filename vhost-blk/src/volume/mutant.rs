@@ -32,6 +32,8 @@ pub enum Mutant {
     MoveBlindly,
     /// A moved block is published before it has landed.
     MoveUnwritten,
+    /// A volume's new size is written before its backing has it.
+    GrowBeforeBacking,
 }
 
 #[cfg(test)]

@@ -17,11 +17,12 @@ use std::io;
 use std::sync::Arc;
 
 use crypto::aead::Engine;
-use crypto::keys::Dek;
+use crypto::keys::{Dek, Secret32};
 use crypto::session::Session;
 use crypto::slot::SlotError;
 use crypto::source::KeyMaterial;
 use thiserror::Error;
+use zeroize::Zeroizing;
 
 use super::backing::Backing;
 use super::buffer::Buffer;
@@ -114,11 +115,38 @@ pub struct Recovered {
     pub lost_deltas: u64,
 }
 
+/// What opens a volume.
+#[derive(Clone, Copy, Debug)]
+pub enum Unlock<'a> {
+    /// What a key slot was sealed with.
+    Material(&'a KeyMaterial),
+    /// The volume's own key: an ephemeral volume has no key slots.
+    Key(&'a Dek),
+}
+
+impl<'a> From<&'a KeyMaterial> for Unlock<'a> {
+    fn from(material: &'a KeyMaterial) -> Self {
+        Self::Material(material)
+    }
+}
+
+impl<'a> From<&'a Dek> for Unlock<'a> {
+    fn from(key: &'a Dek) -> Self {
+        Self::Key(key)
+    }
+}
+
 /// The volume key of the first key slot that opens.
-fn volume_key(
-    copies: &[Vec<u8>; 2],
-    material: &KeyMaterial,
-) -> Result<(Dek, VolumeId), RecoverError> {
+fn volume_key(copies: &[Vec<u8>; 2], unlock: Unlock<'_>) -> Result<(Dek, VolumeId), RecoverError> {
+    let material = match unlock {
+        Unlock::Material(material) => material,
+        Unlock::Key(key) => {
+            let first = copies.iter().find_map(|copy| Superblock::peek(copy).ok());
+            let (id, _) = first.ok_or(RecoverError::Foreign)?;
+            let secret = Secret32::take(&mut *Zeroizing::new(*key.secret().expose()));
+            return Ok((Dek::from_secret(secret), id));
+        }
+    };
     let mut error = RecoverError::Foreign;
     for copy in copies {
         let (id, slots) = match Superblock::peek(copy) {
@@ -167,12 +195,15 @@ fn read_copies(backing: &dyn Backing) -> io::Result<([Vec<u8>; 2], Option<io::Er
 ///
 /// # Errors
 /// See [`RecoverError`].
-pub fn recover(backing: &dyn Backing, material: &KeyMaterial) -> Result<Recovered, RecoverError> {
+pub fn recover<'a>(
+    backing: &dyn Backing,
+    unlock: impl Into<Unlock<'a>>,
+) -> Result<Recovered, RecoverError> {
     if backing.len() < COPIES[1] + COPY_LEN as u64 {
         return Err(RecoverError::TooShort(backing.len()));
     }
     let (images, unreadable) = read_copies(backing)?;
-    let dek = match volume_key(&images, material) {
+    let dek = match volume_key(&images, unlock.into()) {
         Ok((dek, _)) => dek,
         Err(error) => return Err(unreadable.map_or(error, RecoverError::Io)),
     };

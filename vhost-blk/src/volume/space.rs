@@ -173,6 +173,17 @@ impl Space {
         }
     }
 
+    /// Slots that are used, and slots that there are.
+    pub fn count(&self) -> (u64, u64) {
+        let chunks = self.geometry.chunks - self.geometry.data_start();
+        (self.used, chunks * CHUNK_SLOTS)
+    }
+
+    /// The backing has become longer.
+    pub fn grow(&mut self, geometry: Geometry) {
+        self.geometry = geometry;
+    }
+
     fn place(&self, slot: Slot) -> Option<(usize, usize, u64)> {
         if !self.geometry.is_data_slot(slot) {
             return None;
@@ -561,6 +572,7 @@ mod tests {
         for slot in first.slots() {
             space.free_now(slot);
         }
+        assert_eq!(space.count(), (2 * 256, 3 * 256));
         assert_eq!(space.take_run(0), Some(first));
     }
 
@@ -698,6 +710,20 @@ mod tests {
         assert_eq!(space.release(), vec![slot]);
         assert!(space.is_used(slot), "until it is punched");
         space.end_read(late);
+    }
+
+    #[test]
+    fn a_longer_backing_gives_more_chunks_where_there_were_none() {
+        let mut space = space();
+        while space.take_run(0).is_some() {}
+        space.grow(Geometry {
+            blocks: 512,
+            chunks: 10,
+            log_chunks: 4,
+        });
+        let run = space.take_run(0).expect("a new chunk");
+        assert_eq!((run.start, run.len), (9 * 256, 256));
+        assert_eq!(space.take_run(0), None);
     }
 
     #[test]

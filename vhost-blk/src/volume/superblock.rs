@@ -8,7 +8,7 @@
 //! ```text
 //! 0    magic "OFFLDVOL"      8      144  space root entry       32
 //! 8    version u32           4      176  adopted session u32     4
-//! 12   flags u32 (1 = clean) 4      180  key table entries u32   4
+//! 12   flags u32, below      4      180  key table entries u32   4
 //! 16   volume id            16      184  created, Unix s u64     8
 //! 32   generation u64        8      192  serial, ASCII          20
 //! 40   session u32           4      212  reserved, zero        300
@@ -22,6 +22,8 @@
 //! 104  reserved, zero        8      8  live u64
 //! 112  map root entry       32      16 created u64
 //! ```
+//!
+//! Flags: 1 closed clean, 2 an import into it has not ended.
 //!
 //! Everything is authenticated and nothing in it is secret: the tag is AES-256-GCM over no
 //! plaintext with both the superblock and the key table as associated data, under a key of the
@@ -65,6 +67,7 @@ pub const COUNTER_MAX: u64 = 1 << 62;
 const KEY_SLOTS_AT: usize = 512;
 const TAG_AT: usize = BLOCK_LEN - TAG_LEN;
 const FLAG_CLEAN: u32 = 1;
+const FLAG_INCOMPLETE: u32 = 2;
 
 const _: () = assert!(KEY_SLOTS_AT + KEY_SLOTS * SLOT_LEN <= TAG_AT);
 const _: () = assert!(36 + WRAPPED_LEN == TABLE_ENTRY_LEN);
@@ -95,6 +98,8 @@ pub struct Superblock {
     pub generation: u64,
     /// Everything acknowledged is in the map; no log, no in-flight ring is needed.
     pub clean: bool,
+    /// An import into it has not ended: what is missing reads as zeros.
+    pub incomplete: bool,
     /// The session that authenticates this superblock.
     pub session: u16,
     /// Its nonce counter.
@@ -134,8 +139,12 @@ pub struct Claims {
     pub generation: u64,
     /// Whether it was closed.
     pub is_clean: bool,
+    /// Whether an import into it has not ended.
+    pub is_incomplete: bool,
     /// Bytes that the guest sees.
     pub volume_len: u64,
+    /// Bytes that the backing has to have.
+    pub backing_len: u64,
     /// Seconds since the Unix epoch.
     pub created: u64,
     /// What GET_ID answers.
@@ -212,7 +221,9 @@ impl Superblock {
         let (block, table) = image.split_at_mut(BLOCK_LEN);
         block[0..8].copy_from_slice(&MAGIC);
         block[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        block[12..16].copy_from_slice(&(if self.clean { FLAG_CLEAN } else { 0 }).to_le_bytes());
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        let flags = flag(self.clean, FLAG_CLEAN) | flag(self.incomplete, FLAG_INCOMPLETE);
+        block[12..16].copy_from_slice(&flags.to_le_bytes());
         block[16..32].copy_from_slice(&self.id);
         block[32..40].copy_from_slice(&self.generation.to_le_bytes());
         block[40..44].copy_from_slice(&u32::from(self.session).to_le_bytes());
@@ -278,6 +289,8 @@ impl Superblock {
             id,
             generation: u64_at(copy, 32),
             is_clean: u32_at(copy, 12) & FLAG_CLEAN != 0,
+            is_incomplete: u32_at(copy, 12) & FLAG_INCOMPLETE != 0,
+            backing_len: u64_at(copy, 64).saturating_mul(CHUNK_LEN),
             volume_len: u64_at(copy, 56).saturating_mul(BLOCK_LEN as u64),
             created: u64_at(copy, 184),
             serial: array_at(copy, 192),
@@ -294,7 +307,7 @@ impl Superblock {
         let field =
             |value: u32, name| u16::try_from(value).map_err(|_| SuperblockError::Field(name));
         let flags = u32_at(copy, 12);
-        if flags & !FLAG_CLEAN != 0 {
+        if flags & !(FLAG_CLEAN | FLAG_INCOMPLETE) != 0 {
             return Err(SuperblockError::Field("unknown flags"));
         }
         let session = field(u32_at(copy, 40), "session")?;
@@ -354,6 +367,7 @@ impl Superblock {
             id,
             generation: u64_at(copy, 32),
             clean: flags & FLAG_CLEAN != 0,
+            incomplete: flags & FLAG_INCOMPLETE != 0,
             session,
             sequence,
             geometry,

@@ -148,6 +148,15 @@ pub struct Card {
 
 impl Card {
     pub fn start(files: &Files, volume: &str, rest: &[&str]) -> Self {
+        let key = files.text("key");
+        Self::launch(
+            files,
+            &[&["--volume", volume, "--key-file", &key], rest].concat(),
+        )
+    }
+
+    /// With these arguments and a socket.
+    pub fn launch(files: &Files, args: &[&str]) -> Self {
         let (socket, log) = (files.path("sock"), files.path("log"));
         let _ = std::fs::remove_file(&socket);
         let to = File::options()
@@ -156,10 +165,8 @@ impl Card {
             .open(&log)
             .unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-blk"))
-            .args(["serve", "--volume", volume])
-            .args(["--socket-path", socket.to_str().unwrap()])
-            .args(["--key-file", &files.text("key")])
-            .args(rest)
+            .args(["serve", "--socket-path", socket.to_str().unwrap()])
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(to)

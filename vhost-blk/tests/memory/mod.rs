@@ -72,6 +72,10 @@ impl Backing for Memory {
         Ok(())
     }
 
+    fn extend(&self, _: u64) -> io::Result<u64> {
+        Ok(self.len)
+    }
+
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         let end = offset.checked_add(from.len() as u64);
         assert!(

@@ -139,6 +139,7 @@ impl Core {
             chain,
             map_root,
             space_root,
+            geometry: self.grow_to.unwrap_or(self.geometry),
             table: table.collect(),
             ..self.superblock.clone()
         };
@@ -189,6 +190,7 @@ impl Core {
         self.backing_full = false;
         self.page_goal = 0;
         let copy = 1 - superblock.generation % 2;
+        self.take_size(superblock.geometry);
         self.superblock = superblock;
         self.feed_starved();
         self.is_mirroring = true;

@@ -13,6 +13,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use crypto::keys::Dek;
 use crypto::session::Session;
@@ -93,6 +94,10 @@ pub struct Core {
     pub(super) flush_waiters: Vec<Ticket>,
     pub(super) checkpoint: Option<Checkpoint>,
     pub(super) wants_checkpoint: bool,
+    /// Sizes that the next checkpoint gives the volume; the backing is long enough for them.
+    pub(super) grow_to: Option<Geometry>,
+    /// Bytes that the guest sees, for those who do not want the lock.
+    pub(super) volume_len: Arc<AtomicU64>,
     /// The second superblock copy is being written.
     pub(super) is_mirroring: bool,
     pub(super) ring: Option<RingWriter>,
@@ -172,6 +177,8 @@ impl Core {
             flush_waiters: Vec::new(),
             checkpoint: None,
             wants_checkpoint: false,
+            grow_to: None,
+            volume_len: Arc::new(geometry.volume_len().into()),
             is_mirroring: false,
             ring: None,
             ring_pressure: false,

@@ -15,6 +15,7 @@ mod activate;
 mod checkpoint;
 mod commit;
 mod core;
+mod grow;
 mod lane;
 mod rehome;
 mod request;
@@ -27,6 +28,7 @@ use thiserror::Error;
 
 pub use self::activate::AttachError;
 pub use self::core::Phase;
+pub use self::grow::GrowError;
 pub use self::lane::Lane;
 pub use self::rehome::PART_BLOCKS;
 pub use self::request::{Done, Io, IoKind, Op, Payload, PayloadFault, Rehoming};

@@ -13,7 +13,8 @@ use super::core::{Core, Event, Inbox, Phase};
 use super::lane::Lane;
 use super::request::{IoKind, Op, Payload, PayloadFault};
 use super::{Failure, Reporter, Stats, WakeLane};
-use crate::volume::backing::Backing;
+use crate::volume::backing::{Backing, Room};
+use crate::volume::geometry::BLOCK_LEN;
 use crate::volume::recover::Recovered;
 use crate::volume::ring::RingMemory;
 use crate::volume::superblock::{SERIAL_LEN, VolumeId};
@@ -23,7 +24,7 @@ pub struct Shared {
     core: Mutex<Core>,
     sequence: AtomicU64,
     session: OnceLock<(u16, Arc<Session>)>,
-    volume_len: AtomicU64,
+    volume_len: Arc<AtomicU64>,
     stats: Stats,
     reporter: Box<dyn Reporter>,
     /// Held by a slice of moves, and by those who want none under way.
@@ -33,9 +34,10 @@ pub struct Shared {
 impl Shared {
     /// The shared state of a volume that was just opened.
     pub fn new(recovered: Recovered, reporter: Box<dyn Reporter>) -> Arc<Self> {
-        let volume_len = recovered.superblock.geometry.volume_len().into();
+        let core = Core::new(recovered);
+        let volume_len = Arc::clone(&core.volume_len);
         Arc::new(Self {
-            core: Mutex::new(Core::new(recovered)),
+            core: Mutex::new(core),
             sequence: AtomicU64::new(1),
             session: OnceLock::new(),
             volume_len,
@@ -75,6 +77,15 @@ impl Shared {
     /// Bytes that the guest sees.
     pub fn volume_len(&self) -> u64 {
         self.volume_len.load(Ordering::Relaxed)
+    }
+
+    /// Room in the volume's own slots.
+    pub fn slots(&self) -> Room {
+        let (used, total) = self.lock().space.count();
+        Room {
+            free: (total - used) * BLOCK_LEN as u64,
+            total: total * BLOCK_LEN as u64,
+        }
     }
 
     /// Counters.
@@ -135,7 +146,7 @@ pub enum VolumeError {
 }
 
 /// A request without memory, for flushes of our own.
-struct NoPayload;
+pub(super) struct NoPayload;
 
 impl Payload for NoPayload {
     fn load(&mut self, _: usize, _: &mut [u8]) -> Result<(), PayloadFault> {
@@ -148,7 +159,7 @@ impl Payload for NoPayload {
 
 /// Wakes a thread that waits in [`drive`].
 #[derive(Default)]
-struct Bell {
+pub(super) struct Bell {
     has_rung: Mutex<bool>,
     rings: Condvar,
 }
@@ -159,7 +170,7 @@ impl Bell {
         self.rings.notify_all();
     }
 
-    fn wait(&self) {
+    pub(super) fn wait(&self) {
         let has_rung = self.has_rung.lock().unwrap_or_else(PoisonError::into_inner);
         // The time-out is a belt: every event rings.
         let (mut has_rung, _) = self
@@ -209,10 +220,11 @@ fn perform(mut kind: IoKind, backing: &dyn Backing) -> (i32, IoKind) {
 
 /// An open volume.
 pub struct Volume {
-    shared: Arc<Shared>,
-    backing: Arc<dyn Backing>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) backing: Arc<dyn Backing>,
+    /// Whoever has it is alone at settling, growing and closing.
     own: Mutex<Lane<NoPayload>>,
-    bell: Arc<Bell>,
+    pub(super) bell: Arc<Bell>,
 }
 
 impl Volume {
@@ -265,7 +277,8 @@ impl Volume {
     pub fn attach(&self, ring: Option<Arc<dyn RingMemory>>) -> Result<(), AttachError> {
         let _still = self.shared.hold_still();
         if self.phase() == Phase::Serving {
-            self.settle_still().map_err(|_| AttachError::Failed)?;
+            self.settle_with(&mut self.own())
+                .map_err(|_| AttachError::Failed)?;
         }
         let mut core = self.shared.lock();
         core.attach(&*self.backing, ring, &mut || self.shared.take_sequences(1))?;
@@ -282,15 +295,18 @@ impl Volume {
     /// It could not be made durable.
     pub fn settle(&self) -> Result<(), VolumeError> {
         let _still = self.shared.hold_still();
-        self.settle_still()
+        self.settle_with(&mut self.own())
     }
 
-    fn settle_still(&self) -> Result<(), VolumeError> {
-        let mut lane = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn own(&self) -> MutexGuard<'_, Lane<NoPayload>> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn settle_with(&self, lane: &mut Lane<NoPayload>) -> Result<(), VolumeError> {
         lane.submit(Op::Flush, NoPayload);
         loop {
             lane.on_wake();
-            drive(&mut lane, &*self.backing);
+            drive(lane, &*self.backing);
             let flushed = lane.next_done();
             if let Some(done) = flushed {
                 done.result.map_err(VolumeError::Flush)?;
@@ -302,6 +318,19 @@ impl Volume {
         }
     }
 
+    /// An import into the volume has ended well: closing it says so.
+    ///
+    /// # Errors
+    /// What was imported could not be made durable.
+    pub fn complete(&self) -> Result<(), VolumeError> {
+        // No checkpoint that began before is under way after this.
+        let _still = self.shared.hold_still();
+        let mut lane = self.own();
+        self.settle_with(&mut lane)?;
+        self.shared.lock().superblock.incomplete = false;
+        Ok(())
+    }
+
     /// Makes everything durable and marks the volume clean. No lane may have requests.
     ///
     /// # Errors
@@ -311,7 +340,8 @@ impl Volume {
             return Ok(());
         }
         let _still = self.shared.hold_still();
-        self.settle_still()?;
+        let mut lane = self.own();
+        self.settle_with(&mut lane)?;
         let mut core = self.shared.lock();
         core.space
             .release()

@@ -37,6 +37,7 @@ fn superblock() -> Superblock {
     Superblock {
         id: *b"sixteen byte id.",
         generation: 0x0102_0304,
+        incomplete: false,
         clean: true,
         session: 3,
         sequence: 77,

@@ -81,4 +81,5 @@ caught! {
     freeing_the_old_place_of_a_block_before_the_move_is_durable_is_noticed: MoveEarlyFree,
     moving_a_block_over_a_later_write_is_noticed: MoveBlindly,
     publishing_a_move_before_it_has_landed_is_noticed: MoveUnwritten,
+    a_header_that_is_longer_than_its_backing_is_noticed: GrowBeforeBacking,
 }

@@ -19,6 +19,8 @@ struct Pending {
 
 #[derive(Default)]
 struct State {
+    len: u64,
+    durable_len: u64,
     durable: HashMap<u64, Sheet>,
     /// In the order they were submitted.
     pending: Vec<Pending>,
@@ -29,7 +31,6 @@ struct State {
 
 /// See the module.
 pub(super) struct SimDisk {
-    len: u64,
     state: Mutex<State>,
 }
 
@@ -77,9 +78,13 @@ fn tear(candidates: &[Sheet], dice: &mut Dice) -> Sheet {
 
 impl SimDisk {
     pub(super) fn new(len: u64) -> Self {
-        Self {
+        let state = State {
             len,
-            state: Mutex::default(),
+            durable_len: len,
+            ..State::default()
+        };
+        Self {
+            state: Mutex::new(state),
         }
     }
 
@@ -148,7 +153,9 @@ impl SimDisk {
     }
 
     pub(super) fn end_sync(&self, covered: &[u64]) {
-        self.state().settle(covered);
+        let mut state = self.state();
+        state.settle(covered);
+        state.durable_len = state.len;
     }
 
     pub(super) fn set_fuse(&self, fuse: Option<u32>) {
@@ -179,6 +186,10 @@ impl SimDisk {
     pub(super) fn cut_power(&self, dice: &mut Dice) {
         let mut state = self.state();
         state.fuse = None;
+        if dice.chance(50) {
+            state.len = state.durable_len;
+        }
+        state.durable_len = state.len;
         let mut written: HashMap<u64, Vec<Sheet>> = HashMap::new();
         let mut order = Vec::new();
         for write in std::mem::take(&mut state.pending) {
@@ -241,6 +252,9 @@ impl Backing for SimDisk {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let mut state = self.state();
         Self::burn(&mut state)?;
+        if offset + into.len() as u64 > state.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let first = offset / BLOCK_LEN as u64;
         for (part, slot) in into.chunks_exact_mut(BLOCK_LEN).zip(first..) {
             part.copy_from_slice(&state.view(slot)[..]);
@@ -272,7 +286,14 @@ impl Backing for SimDisk {
         self.write_at(offset, &zeros)
     }
 
+    fn extend(&self, len: u64) -> io::Result<u64> {
+        let mut state = self.state();
+        Self::burn(&mut state)?;
+        state.len = state.len.max(len);
+        Ok(state.len)
+    }
+
     fn len(&self) -> u64 {
-        self.len
+        self.state().len
     }
 }

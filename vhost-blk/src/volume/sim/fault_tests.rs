@@ -291,6 +291,9 @@ impl Backing for Faulty {
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.disk.punch(offset, len)
     }
+    fn extend(&self, len: u64) -> io::Result<u64> {
+        self.disk.extend(len)
+    }
     fn len(&self) -> u64 {
         self.disk.len()
     }

@@ -7,10 +7,13 @@ use crate::volume::geometry::{BLOCK_LEN, Geometry};
 /// Stretches of consecutive blocks that requests go to: first block, blocks.
 pub(super) type Stretches = &'static [(u64, usize)];
 
-/// Eight blocks at the start and four over a leaf's border.
-const FEW: Stretches = &[(0, 8), (126, 4)];
+/// Eight blocks at the start and four over a leaf's border; eight that are there once the volume has
+/// grown.
+const FEW: Stretches = &[(0, 8), (126, 4), (508, 8)];
 /// The same, and most others.
-const MANY: Stretches = &[(0, 8), (126, 4), (130, 126), (10, 100)];
+const MANY: Stretches = &[(0, 8), (126, 4), (130, 126), (10, 100), (508, 8)];
+/// Bytes of volumes that have grown.
+pub(super) const GROWN: [u64; 2] = [3 << 20, 4 << 20];
 
 /// See the module.
 #[derive(Clone, Copy)]

@@ -12,11 +12,12 @@ use crypto::source::KeyMaterial;
 use super::disk::SimDisk;
 use super::model::{Crash, Model};
 pub(super) use super::plan::small_geometry;
-use super::plan::{EIO, Fault, Plan};
+use super::plan::{EIO, Fault, GROWN, Plan};
 use crate::volume::backing::Backing;
 use crate::volume::create::create;
 use crate::volume::engine::{
-    Done, Failure, Io, IoKind, Lane, Op, Payload, PayloadFault, Rehoming, Reporter, Volume,
+    Done, Failure, GrowError, Io, IoKind, Lane, Op, Payload, PayloadFault, Rehoming, Reporter,
+    Volume,
 };
 use crate::volume::geometry::BLOCK_LEN;
 use crate::volume::recover::recover;
@@ -171,6 +172,10 @@ pub(super) struct World {
     plan: Plan,
     /// A barrier failed in this process.
     has_lost_barrier: bool,
+    /// The size that the guest was told, in bytes.
+    told_len: u64,
+    /// This process is at growing the volume.
+    is_growing: bool,
 }
 
 impl World {
@@ -206,6 +211,8 @@ impl World {
             model: Model::new(sectors),
             plan,
             has_lost_barrier: false,
+            told_len: geometry.volume_len(),
+            is_growing: false,
         }
     }
 
@@ -244,6 +251,12 @@ impl World {
         }
         self.disk.set_fuse(None);
         self.has_lost_barrier = false;
+        self.is_growing = false;
+        let len = volume.shared().volume_len();
+        if len < self.told_len {
+            return Err(format!("a volume of {} bytes has {len} now", self.told_len));
+        }
+        self.told_len = len;
         let lanes = (0..self.plan.lanes)
             .map(|_| Lane::new(Arc::clone(volume.shared()), Arc::new(|| {})))
             .collect();
@@ -281,6 +294,9 @@ impl World {
             1 + self.dice.below(stretches.len() - 1)
         };
         let (start, blocks) = stretches[stretch];
+        if !self.is_told(start, blocks) {
+            return;
+        }
         let base: usize = stretches[..stretch].iter().map(|(_, blocks)| blocks).sum();
         let (first, count) = if self.dice.chance(70) {
             let block = self.dice.below(blocks);
@@ -363,6 +379,52 @@ impl World {
         let kind = Kind::Rehome;
         let memory = Rc::default();
         card.lanes[0].submit(op, Request { memory, kind });
+    }
+
+    /// Whether the guest knows of these blocks.
+    fn is_told(&self, start: u64, blocks: usize) -> bool {
+        (start + blocks as u64) * BLOCK_LEN as u64 <= self.told_len
+    }
+
+    /// Begins to grow the volume, or looks whether it has grown. How the process ended, if it did.
+    fn grow(&mut self, card: &Card) -> Result<Option<Crash>, String> {
+        if self.is_growing {
+            match card.volume.has_grown() {
+                Ok(true) => {
+                    self.is_growing = false;
+                    self.told_len = card.volume.shared().volume_len();
+                }
+                Ok(false) => {}
+                Err(_) if card.volume.shared().is_poisoned() => self.is_growing = false,
+                Err(error) => return Err(error.to_string()),
+            }
+            return Ok(None);
+        }
+        if self.dice.below(250) != 0 {
+            return Ok(None);
+        }
+        let len = GROWN[self.dice.below(GROWN.len())];
+        let fuse = self.dice.below(6) as u32;
+        self.disk.set_fuse(Some(fuse));
+        let begun = card.volume.begin_grow(len);
+        self.disk.set_fuse(None);
+        match begun {
+            Ok(()) => self.is_growing = true,
+            Err(GrowError::Size(_)) if len < self.told_len => {}
+            Err(GrowError::Failed) if self.plan.is_faulty => {}
+            // The fuse: the process died before the barrier, or in it.
+            Err(GrowError::Extend(_) | GrowError::Failed) => {
+                if self.dice.chance(50) {
+                    self.disk.kill(&mut self.dice);
+                    return Ok(Some(Crash::Kill));
+                }
+                self.disk.cut_power(&mut self.dice);
+                self.ring = None;
+                return Ok(Some(Crash::Power));
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+        Ok(None)
     }
 
     /// Sectors of a request's memory that are there.
@@ -540,6 +602,9 @@ impl World {
             if self.dice.chance(70) {
                 self.turn(&mut card)?;
             }
+            if let Some(crash) = self.grow(&card)? {
+                return Ok(crash);
+            }
             if self.dice.chance(1) {
                 // The device is reset: the frontend lets its region go and asks for a new one.
                 self.drain(&mut card)?;
@@ -593,6 +658,11 @@ impl World {
         let is_faulty = std::mem::take(&mut self.plan.is_faulty);
         let mut base = 0;
         for &(start, blocks) in self.plan.stretches {
+            if !self.is_told(start, blocks) {
+                // Nobody wrote there.
+                base += blocks;
+                continue;
+            }
             let memory = Rc::new(RefCell::new(vec![0xee; blocks * BLOCK_LEN]));
             let op = Op::Read {
                 offset: start * BLOCK_LEN as u64,

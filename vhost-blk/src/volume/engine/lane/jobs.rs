@@ -95,8 +95,11 @@ impl<P: Payload> Lane<P> {
             }
             self.emit(FlightKind::Job(kind), IoKind::Sync);
         }
-        if is_empty {
-            self.next_step(kind);
+        if is_empty && let Some(index) = self.jobs.iter().position(|job| job.kind == kind) {
+            // Not `next_step`, which may want the lock that the caller has: only a checkpoint of no
+            // pages, of a volume that grows, comes here.
+            self.jobs[index].left = 1;
+            self.barrier(index, Step::Barrier);
         }
     }
 
