@@ -388,6 +388,7 @@ fn the_event_and_the_log_line_come_before_the_file_system_is_full_and_only_once(
     let _mounted = Mounted::new(&files, "tmpfs");
     let (key, volume) = (files.text("key"), files.text("small/volume"));
     succeeds(&["create", "--size", "64M", "--key-file", &key, &volume]);
+    std::fs::write(files.path("small/ballast"), vec![1; 8 << 20]).unwrap();
     let control = files.path("control");
     let rest = [
         "--control-socket",
