@@ -1,0 +1,288 @@
+//! What the card itself is on the guest's link: gateway, DHCP server, resolver, metadata service.
+//!
+//! ```text
+//!             ┌── arp, nd ───────── addresses of the card; router advertisements
+//!  frame ─────┼── dhcp4, dhcp6 ──── the lease, which is a function of the specification
+//!             ├── echo ──────────── ping to the card
+//!             └── dns ───────────── names; asks upstream through the outbox
+//! ```
+//!
+//! [`Services::receive`] looks at a frame of the guest's first; what is for no service goes on to
+//! policy and stack. Everything here is free of I/O: frames and a `now` come in, an [`Outbox`]
+//! goes out.
+//!
+//! Each queue's thread has its own `Services`. All are built from one specification and answer
+//! alike, so it does not matter which queue a guest's request comes through, and no lock is
+//! shared. Only one of them sends router advertisements on its own account.
+//!
+//! What the guest can cost: one answer a frame, of bounded size, at most
+//! [`PACKETS_PER_SECOND`] a second, as a VPC allows towards link-local services; what is above is
+//! dropped and counted. Addresses of the card's for which there is no service swallow what is sent
+//! there: it never reaches the host.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smoltcp::wire::{EthernetFrame, EthernetProtocol};
+
+use crate::local::{Outbox, Verdict};
+use crate::spec::Spec;
+
+pub mod arp;
+pub mod dhcp4;
+pub mod dhcp6;
+pub mod echo;
+pub mod nd;
+pub mod wire;
+
+use arp::Arp;
+use dhcp4::Dhcp4;
+use dhcp6::Dhcp6;
+use nd::Nd;
+
+/// What the services take from the guest each second, and at most at once.
+pub const PACKETS_PER_SECOND: u32 = 1024;
+
+/// Counters of all services.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceStats {
+    /// ARP.
+    pub arp: arp::ArpStats,
+    /// Neighbour discovery.
+    pub nd: nd::NdStats,
+    /// DHCP.
+    pub dhcp4: dhcp4::Dhcp4Stats,
+    /// DHCPv6.
+    pub dhcp6: dhcp6::Dhcp6Stats,
+    /// Echo requests answered.
+    pub echoed: u64,
+    /// Above [`PACKETS_PER_SECOND`].
+    pub limited: u64,
+    /// Frames for a service from another hardware address than the guest's.
+    pub spoofed: u64,
+    /// Packets for a service with broken headers or checksums.
+    pub malformed: u64,
+    /// Packets to an address of the card's that no service wants.
+    pub unwanted: u64,
+}
+
+/// The services of one interface, as one queue's thread has them.
+#[derive(Debug)]
+pub struct Services {
+    spec: Arc<Spec>,
+    arp: Arp,
+    nd: Nd,
+    dhcp4: Dhcp4,
+    dhcp6: Dhcp6,
+    tokens: Tokens,
+    stats: ServiceStats,
+}
+
+impl Services {
+    /// `advertises` says whether this instance sends router advertisements unasked, from `now` on.
+    #[must_use]
+    pub fn new(spec: Arc<Spec>, advertises: bool, now: Instant) -> Self {
+        Self {
+            spec,
+            arp: Arp::default(),
+            nd: Nd::new(advertises.then_some(now)),
+            dhcp4: Dhcp4::default(),
+            dhcp6: Dhcp6::default(),
+            tokens: Tokens::new(PACKETS_PER_SECOND, now),
+            stats: ServiceStats::default(),
+        }
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> ServiceStats {
+        ServiceStats {
+            arp: self.arp.stats(),
+            nd: self.nd.stats(),
+            dhcp4: self.dhcp4.stats(),
+            dhcp6: self.dhcp6.stats(),
+            ..self.stats
+        }
+    }
+
+    /// Takes a frame of the guest's. `checksummed` is false when the guest left the transport
+    /// checksum to the device (NEEDS_CSUM).
+    ///
+    /// TCP to the card's addresses passes: the stack terminates it.
+    pub fn receive(
+        &mut self,
+        frame: &[u8],
+        checksummed: bool,
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Verdict {
+        let Ok(frame) = EthernetFrame::new_checked(frame) else {
+            self.stats.malformed += 1;
+            return Verdict::Handled;
+        };
+        let sender = frame.src_addr();
+        if frame.ethertype() == EthernetProtocol::Arp {
+            if self.admit(sender, now) {
+                let reply = self.arp.handle(&self.spec, sender, frame.payload(), now);
+                out.frames.extend(reply);
+            }
+            return Verdict::Handled;
+        }
+        let Some(packet) = wire::parse_ip(frame.ethertype(), frame.payload()) else {
+            // Broken or of no concern here; the stack counts it.
+            return Verdict::Pass;
+        };
+        let kind = self.kind(&packet);
+        if kind == Kind::NotOurs {
+            return Verdict::Pass;
+        }
+        if !self.admit(sender, now) {
+            return Verdict::Handled;
+        }
+        let reply = match kind {
+            Kind::NotOurs => return Verdict::Pass,
+            Kind::Nd => self.nd.handle(&self.spec, &packet),
+            Kind::Udp(port) => self.udp(&packet, port, checksummed),
+            Kind::Echo => {
+                let reply = echo::reply(&self.spec, &packet);
+                match reply {
+                    Some(_) => self.stats.echoed += 1,
+                    None => self.stats.unwanted += 1,
+                }
+                reply
+            }
+            Kind::Unwanted => {
+                self.stats.unwanted += 1;
+                None
+            }
+        };
+        out.frames.extend(reply);
+        Verdict::Handled
+    }
+
+    /// What is due by now.
+    pub fn poll(&mut self, now: Instant, out: &mut Outbox) {
+        out.frames.extend(self.nd.poll(&self.spec, now));
+    }
+
+    /// When [`Self::poll`] wants to be called.
+    #[must_use]
+    pub fn poll_at(&self) -> Option<Instant> {
+        self.nd.poll_at().filter(|_| self.spec.v6.is_some())
+    }
+
+    fn kind(&self, packet: &wire::Packet<'_>) -> Kind {
+        use smoltcp::wire::IpProtocol as P;
+        let is_card = self.spec.is_card(packet.destination);
+        match packet.protocol {
+            P::Icmpv6 if Nd::wants(packet) => Kind::Nd,
+            P::Udp => {
+                let port = match packet.payload {
+                    [_, _, high, low, ..] => u16::from_be_bytes([*high, *low]),
+                    _ => 0,
+                };
+                let is_dhcp4 = port == dhcp4::SERVER_PORT
+                    && (is_card || packet.destination == IpAddr::V4(Ipv4Addr::BROADCAST));
+                let is_dhcp6 =
+                    port == dhcp6::SERVER_PORT && packet.destination == IpAddr::V6(dhcp6::SERVERS);
+                if is_dhcp4 || is_dhcp6 || is_card {
+                    Kind::Udp(port)
+                } else {
+                    Kind::NotOurs
+                }
+            }
+            P::Tcp => Kind::NotOurs,
+            P::Icmp | P::Icmpv6 if is_card => Kind::Echo,
+            _ if is_card => Kind::Unwanted,
+            _ => Kind::NotOurs,
+        }
+    }
+
+    fn udp(&mut self, packet: &wire::Packet<'_>, port: u16, checksummed: bool) -> Option<Vec<u8>> {
+        let Some(datagram) = wire::parse_udp(packet, checksummed) else {
+            self.stats.malformed += 1;
+            return None;
+        };
+        let spec = &self.spec;
+        match (port, packet.source, packet.destination) {
+            (dhcp4::SERVER_PORT, IpAddr::V4(_), _) => {
+                let reply = self.dhcp4.handle(spec, datagram.payload)?;
+                wire::udp(
+                    (spec.gateway_mac, reply.mac),
+                    (reply.source.into(), dhcp4::SERVER_PORT),
+                    (reply.destination.into(), dhcp4::CLIENT_PORT),
+                    &reply.message,
+                )
+            }
+            (dhcp6::SERVER_PORT, IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let ends = (source, destination);
+                let reply = self.dhcp6.handle(spec, ends, datagram.payload)?;
+                let gateway = spec.v6?.gateway;
+                wire::udp(
+                    (spec.gateway_mac, spec.mac),
+                    (gateway.into(), dhcp6::SERVER_PORT),
+                    (packet.source, dhcp6::CLIENT_PORT),
+                    &reply,
+                )
+            }
+            _ => {
+                self.stats.unwanted += 1;
+                None
+            }
+        }
+    }
+
+    /// Whether a frame may cost something: it is the guest's, and not one too many.
+    fn admit(&mut self, sender: smoltcp::wire::EthernetAddress, now: Instant) -> bool {
+        if sender != self.spec.mac {
+            self.stats.spoofed += 1;
+            return false;
+        }
+        let has = self.tokens.take(now);
+        self.stats.limited += u64::from(!has);
+        has
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    NotOurs,
+    Nd,
+    Udp(u16),
+    Echo,
+    Unwanted,
+}
+
+/// Packets that may still come: a bucket that holds one second's worth.
+#[derive(Clone, Copy, Debug)]
+struct Tokens {
+    per_second: u32,
+    /// When the bucket is full again.
+    full_at: Instant,
+}
+
+impl Tokens {
+    fn new(per_second: u32, now: Instant) -> Self {
+        Self {
+            per_second,
+            full_at: now,
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let full_at = self.full_at.max(now);
+        if full_at.duration_since(now) > Duration::from_secs(1) - self.interval() {
+            return false;
+        }
+        self.full_at = full_at + self.interval();
+        true
+    }
+
+    fn interval(&self) -> Duration {
+        Duration::from_secs(1) / self.per_second
+    }
+}
+
+#[cfg(test)]
+mod tests;

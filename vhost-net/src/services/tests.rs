@@ -1,0 +1,187 @@
+use dhcproto::v4::{DhcpOption, Message, MessageType};
+use dhcproto::{Decodable, Decoder, Encodable, Encoder};
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+
+use super::*;
+
+const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+const CARD: [u8; 6] = [0x52, 0x55, 0x0a, 0, 2, 2];
+
+fn services() -> (Services, Instant) {
+    let now = Instant::now();
+    (Services::new(Arc::new(Spec::default()), false, now), now)
+}
+
+fn discover() -> Vec<u8> {
+    let none = Ipv4Addr::UNSPECIFIED;
+    let mut message = Message::new_with_id(9, none, none, none, none, &GUEST);
+    let kind = DhcpOption::MessageType(MessageType::Discover);
+    message.opts_mut().insert(kind);
+    let mut bytes = Vec::new();
+    message.encode(&mut Encoder::new(&mut bytes)).unwrap();
+    bytes
+}
+
+fn discover_frame() -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2(GUEST, [0xff; 6])
+        .ipv4([0, 0, 0, 0], [255, 255, 255, 255], 64)
+        .udp(68, 67);
+    let payload = discover();
+    let mut frame = Vec::with_capacity(builder.size(payload.len()));
+    builder.write(&mut frame, &payload).unwrap();
+    frame
+}
+
+#[test]
+fn a_discover_in_a_frame_is_answered_with_a_frame_that_another_parser_takes() {
+    let (mut services, now) = services();
+    let mut out = Outbox::default();
+    let verdict = services.receive(&discover_frame(), true, now, &mut out);
+    assert_eq!(verdict, Verdict::Handled);
+    let sliced = SlicedPacket::from_ethernet(&out.frames[0]).unwrap();
+    let ethernet = sliced
+        .link
+        .unwrap()
+        .to_header()
+        .unwrap()
+        .ethernet2()
+        .unwrap();
+    assert_eq!((ethernet.source, ethernet.destination), (CARD, GUEST));
+    let Some(NetSlice::Ipv4(ip)) = &sliced.net else {
+        panic!("not IPv4")
+    };
+    let header = ip.header().to_header();
+    assert_eq!(header.calc_header_checksum(), header.header_checksum);
+    assert_eq!(header.source, [10, 0, 2, 2]);
+    let Some(TransportSlice::Udp(udp)) = &sliced.transport else {
+        panic!("not UDP")
+    };
+    assert_eq!((udp.source_port(), udp.destination_port()), (67, 68));
+    let sum = udp
+        .to_header()
+        .calc_checksum_ipv4(&header, udp.payload())
+        .unwrap();
+    assert_eq!(sum, udp.checksum());
+    let offer = Message::decode(&mut Decoder::new(udp.payload())).unwrap();
+    assert_eq!(offer.yiaddr(), Ipv4Addr::new(10, 0, 2, 15));
+}
+
+#[test]
+fn a_checksum_left_to_the_device_is_not_held_against_the_guest_and_a_wrong_one_is() {
+    let mut frame = discover_frame();
+    frame[40] ^= 0x55;
+    let (mut services, now) = services();
+    let mut out = Outbox::default();
+    services.receive(&frame, true, now, &mut out);
+    assert_eq!((out.frames.len(), services.stats().malformed), (0, 1));
+    services.receive(&frame, false, now, &mut out);
+    assert_eq!((out.frames.len(), services.stats().malformed), (1, 1));
+}
+
+#[test]
+fn a_flood_is_answered_up_to_the_limit_and_counted_above_it() {
+    let (mut services, now) = services();
+    let frame = discover_frame();
+    let mut out = Outbox::default();
+    for _ in 0..5000 {
+        services.receive(&frame, true, now, &mut out);
+    }
+    assert_eq!(out.frames.len(), 1024);
+    assert_eq!(services.stats().limited, 5000 - 1024);
+    services.receive(&frame, true, now + Duration::from_secs(1), &mut out);
+    assert_eq!(out.frames.len(), 1025);
+}
+
+#[test]
+fn another_hardware_address_gets_nothing() {
+    let mut frame = discover_frame();
+    frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+    let (mut services, now) = services();
+    let mut out = Outbox::default();
+    assert_eq!(
+        services.receive(&frame, true, now, &mut out),
+        Verdict::Handled
+    );
+    assert_eq!((out.frames.len(), services.stats().spoofed), (0, 1));
+}
+
+#[test]
+fn ping_to_the_gateway_is_answered_in_both_families() {
+    let (mut services, now) = services();
+    let mut out = Outbox::default();
+    let mut frame = Vec::new();
+    PacketBuilder::ethernet2(GUEST, CARD)
+        .ipv4([10, 0, 2, 15], [10, 0, 2, 2], 64)
+        .icmpv4_echo_request(7, 1)
+        .write(&mut frame, b"hello")
+        .unwrap();
+    services.receive(&frame, true, now, &mut out);
+    let own: std::net::Ipv6Addr = "fd00:0:0:2::15".parse().unwrap();
+    let gateway: std::net::Ipv6Addr = "fe80::2".parse().unwrap();
+    frame.clear();
+    PacketBuilder::ethernet2(GUEST, CARD)
+        .ipv6(own.octets(), gateway.octets(), 64)
+        .icmpv6_echo_request(7, 1)
+        .write(&mut frame, b"hello")
+        .unwrap();
+    services.receive(&frame, true, now, &mut out);
+    let [four, six] = &out.frames[..] else {
+        panic!("{} replies", out.frames.len())
+    };
+    let sliced = SlicedPacket::from_ethernet(four).unwrap();
+    let Some(TransportSlice::Icmpv4(icmp)) = &sliced.transport else {
+        panic!("not ICMP")
+    };
+    assert_eq!((icmp.type_u8(), icmp.payload()), (0, &b"hello"[..]));
+    let sliced = SlicedPacket::from_ethernet(six).unwrap();
+    let Some(TransportSlice::Icmpv6(icmp)) = &sliced.transport else {
+        panic!("not ICMPv6")
+    };
+    assert!(icmp.is_checksum_valid(gateway.octets(), own.octets()));
+    assert_eq!((icmp.type_u8(), icmp.payload()), (129, &b"hello"[..]));
+    assert_eq!(services.stats().echoed, 2);
+}
+
+#[test]
+fn what_is_for_the_world_passes_and_the_cards_other_ports_swallow() {
+    let (mut services, now) = services();
+    let mut out = Outbox::default();
+    let mut verdict = |to: [u8; 4], port: u16, tcp: bool| {
+        let mut frame = Vec::new();
+        let builder = PacketBuilder::ethernet2(GUEST, CARD).ipv4([10, 0, 2, 15], to, 64);
+        if tcp {
+            let builder = builder.tcp(1000, port, 1, 1000).syn();
+            builder.write(&mut frame, &[]).unwrap();
+        } else {
+            builder.udp(1000, port).write(&mut frame, b"x").unwrap();
+        }
+        services.receive(&frame, true, now, &mut out)
+    };
+    assert_eq!(verdict([8, 8, 8, 8], 53, false), Verdict::Pass);
+    assert_eq!(verdict([8, 8, 8, 8], 67, false), Verdict::Pass);
+    assert_eq!(verdict([169, 254, 169, 254], 80, true), Verdict::Pass);
+    assert_eq!(verdict([10, 0, 2, 2], 111, false), Verdict::Handled);
+    assert_eq!((out.frames.len(), services.stats().unwanted), (0, 1));
+}
+
+#[test]
+fn bent_frames_never_panic() {
+    let (mut services, mut now) = services();
+    let mut random = fastrand::Rng::with_seed(5);
+    let good = discover_frame();
+    for _ in 0..50_000 {
+        let mut frame = good.clone();
+        frame.truncate(random.usize(0..=good.len()));
+        for _ in 0..random.usize(0..5) {
+            if !frame.is_empty() {
+                let at = random.usize(0..frame.len().min(60));
+                frame[at] = random.u8(..);
+            }
+        }
+        let mut out = Outbox::default();
+        services.receive(&frame, random.bool(), now, &mut out);
+        assert!(out.frames.len() <= 1);
+        now += Duration::from_millis(1);
+    }
+    assert!(services.stats().dhcp4.offers > 0);
+}
