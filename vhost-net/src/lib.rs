@@ -20,7 +20,7 @@
 //! | [`spec`] | what an interface is: addresses, gateway, name servers, MTU |
 //! | [`frame`] | a frame of the guest's, checked once; offload metadata; checksums |
 //! | [`local`] | what the services and the policy look like from the data path |
-//! | [`services`] | ARP, ND, DHCP, DHCPv6, ping: what the card itself is on the link |
+//! | [`services`] | ARP, ND, DHCP, DHCPv6, DNS, metadata, ping: what the card itself is on the link |
 //! | [`policy`] | source check, security groups, connection tracking, flow log, capture format |
 //!
 //! Everything but [`device`] and `host` is free of I/O: it takes bytes and a `now` and returns

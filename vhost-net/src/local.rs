@@ -56,6 +56,11 @@ pub trait TcpService {
 
     /// When the connection is to be cut if nothing has happened until then.
     fn deadline(&self) -> Option<Instant>;
+
+    /// TTL or hop limit of what is sent from now on.
+    fn hop_limit(&self) -> u8 {
+        64
+    }
 }
 
 /// Which way a packet goes, seen from the guest.

@@ -32,7 +32,9 @@ use crate::spec::Spec;
 pub mod arp;
 pub mod dhcp4;
 pub mod dhcp6;
+pub mod dns;
 pub mod echo;
+pub mod imds;
 pub mod nd;
 pub mod wire;
 
