@@ -36,6 +36,8 @@ const SLICE: u64 = 16;
 const LOOK_COST: u64 = 32 << 10;
 /// A volume without requests for so long is idle.
 const IDLE: Duration = Duration::from_secs(1);
+/// Walks in a row that an idle volume makes at most.
+const PASSES: usize = 4;
 /// Free chunks that an idle volume keeps in the backing besides a sixteenth of what it holds.
 const KEEP_CHUNKS: u64 = 8;
 
@@ -148,6 +150,7 @@ impl<'a> Walker<'a> {
                 if done.result == Err(Failure::NoSpace) {
                     let part = done.payload.offset / PART_LEN;
                     full = Some(full.map_or(part, |first| first.min(part)));
+                    self.shared.mark_scattered(part);
                 } else {
                     check(done.result)?;
                 }
@@ -218,7 +221,14 @@ impl<'a> Walker<'a> {
     /// there was no room, or somebody came.
     fn tidy(&mut self) -> anyhow::Result<bool> {
         let shared = self.shared;
-        let is_whole = self.gather(&|part| shared.next_scattered(part), false);
+        // Making room scatters again a little of what was passed already.
+        let mut is_whole = Ok(true);
+        for _ in 0..PASSES {
+            is_whole = self.gather(&|part| shared.next_scattered(part), false);
+            if !matches!(is_whole, Ok(true)) || shared.next_scattered(0).is_none() {
+                break;
+            }
+        }
         self.shared.clear_victims();
         let is_whole = is_whole?;
         self.flush()?;

@@ -160,6 +160,11 @@ impl Shared {
         self.lock().scattered.clear(part);
     }
 
+    /// The part is still to be looked at.
+    pub fn mark_scattered(&self, part: u64) {
+        self.lock().scattered.set(part);
+    }
+
     /// Chooses chunks to be emptied into the holes of others; returns how many.
     pub fn choose_victims(&self) -> usize {
         self.lock().space.choose_victims()

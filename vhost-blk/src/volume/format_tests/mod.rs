@@ -41,7 +41,7 @@ fn superblock() -> Superblock {
         clean: true,
         session: 3,
         sequence: 77,
-        geometry: Geometry::for_volume(64 << 20).expect("a size"),
+        geometry: Geometry::with_spare(64 << 20, 4).expect("a size"),
         log_position: 5,
         batch: 99,
         chain: [0xc4; 16],
