@@ -1,9 +1,16 @@
 //! Page-aligned buffers for direct I/O, and a pool of them so that the data path does not
 //! allocate.
+//!
+//! A pool cuts its buffers from chunks of the size of a huge page, and asks for huge pages. So a
+//! buffer is one stretch of memory for the disk, too: with pages from here and there the kernel
+//! looks up and pins each page of each transfer, and hands the disk a list of them.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::geometry::BLOCK_LEN;
 
@@ -14,9 +21,12 @@ pub struct Buffer {
     len: usize,
     /// Bytes allocated.
     capacity: usize,
+    /// What it was cut from; `None`: an allocation of its own.
+    chunk: Option<Arc<Chunk>>,
 }
 
-// SAFETY: a Buffer owns its allocation as a Vec<u8> does; nothing else points into it.
+// SAFETY: a Buffer owns its allocation as a Vec<u8> does, or its part of a chunk, of which no two
+// buffers have the same part; nothing else points into it.
 unsafe impl Send for Buffer {}
 // SAFETY: shared access only reads.
 unsafe impl Sync for Buffer {}
@@ -34,6 +44,7 @@ impl Buffer {
             start,
             len: blocks * BLOCK_LEN,
             capacity,
+            chunk: None,
         }
     }
 
@@ -98,8 +109,10 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.capacity)) }
+        if self.chunk.is_none() {
+            // SAFETY: allocated in `zeroed` with this layout.
+            unsafe { dealloc(self.start.as_ptr(), Self::layout(self.capacity)) }
+        }
     }
 }
 
@@ -107,6 +120,68 @@ impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Contents may be a guest's plaintext: never in a log.
         write!(f, "Buffer({} of {} bytes)", self.len, self.capacity)
+    }
+}
+
+/// Memory that buffers are cut from. It lives as long as one of them.
+struct Chunk {
+    start: NonNull<u8>,
+}
+
+// SAFETY: it is only an address range to be unmapped; its bytes are the buffers'.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+impl Chunk {
+    /// A huge page. Tests open volumes by the thousand and would spend their time zeroing those.
+    const LEN: usize = if cfg!(test) { 256 << 10 } else { 2 << 20 };
+
+    /// Zeroed memory, or `None` if there is none to be had.
+    fn new() -> Option<Self> {
+        // A mapping of twice the length has an aligned part of the length; the rest is returned.
+        let len = 2 * Self::LEN;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new private mapping at an address of the kernel's choice touches nothing.
+        let map =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE) }
+                .ok()?
+                .cast::<u8>();
+        let before = map.align_offset(Self::LEN);
+        let start = map.wrapping_add(before);
+        let after = len - before - Self::LEN;
+        for (edge, edge_len) in [(map, before), (start.wrapping_add(Self::LEN), after)] {
+            if edge_len > 0 {
+                // SAFETY: a part of the mapping just made that nobody knows of; a failure leaves
+                // it mapped, untouched.
+                let _ = unsafe { munmap(edge.cast(), edge_len) };
+            }
+        }
+        // Guest data have no business in a core dump. Neither piece of advice is needed.
+        for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
+            // SAFETY: the range is mapped and ours; neither advice changes what is read from it.
+            let _ = unsafe { madvise(start.cast(), Self::LEN, advice) };
+        }
+        NonNull::new(start).map(|start| Self { start })
+    }
+
+    /// All of it, cut into buffers of `capacity` bytes each, a power of two.
+    fn cut(self, capacity: usize) -> impl Iterator<Item = Buffer> {
+        let chunk = Arc::new(self);
+        (0..Self::LEN / capacity).map(move |index| Buffer {
+            // SAFETY: within the chunk, since index * capacity < LEN.
+            start: unsafe { chunk.start.add(index * capacity) },
+            len: 0,
+            capacity,
+            chunk: Some(Arc::clone(&chunk)),
+        })
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, and the last buffer cut from it is gone.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), Self::LEN) };
     }
 }
 
@@ -126,12 +201,15 @@ impl Pool {
 
     /// A buffer with `blocks` blocks in use; its contents are old bytes of this pool.
     pub fn take(&mut self, blocks: usize) -> Buffer {
-        let class = blocks.max(1).next_power_of_two().trailing_zeros() as usize;
-        let mut buffer = self
-            .classes
-            .get_mut(class)
-            .and_then(Vec::pop)
-            .unwrap_or_else(|| Buffer::zeroed(blocks.max(1).next_power_of_two()));
+        let capacity = blocks.max(1).next_power_of_two();
+        let class = self.classes.get_mut(capacity.trailing_zeros() as usize);
+        let kept = class.and_then(|kept| {
+            if kept.is_empty() {
+                kept.extend(Chunk::new()?.cut(capacity * BLOCK_LEN));
+            }
+            kept.pop()
+        });
+        let mut buffer = kept.unwrap_or_else(|| Buffer::zeroed(capacity));
         buffer.set_blocks(blocks);
         buffer
     }
@@ -145,5 +223,42 @@ impl Pool {
         {
             kept.push(buffer);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_of_a_pool_do_not_overlap_and_outlive_it() {
+        let mut pool = Pool::default();
+        let mut buffers = Vec::new();
+        for round in 0..5 {
+            for blocks in [1, 2, 3, 7, 64, 1, 33] {
+                let mut buffer = pool.take(blocks);
+                assert_eq!(buffer.blocks(), blocks);
+                assert!(buffer.as_ptr().addr().is_multiple_of(BLOCK_LEN));
+                buffer.fill(buffers.len() as u8 + 1);
+                buffers.push(buffer);
+            }
+            if round == 3 {
+                pool = Pool::default();
+            }
+        }
+        drop(pool);
+        for (index, buffer) in buffers.iter().enumerate() {
+            assert!(buffer.iter().all(|byte| *byte == index as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn a_buffer_that_was_given_back_is_taken_again() {
+        let mut pool = Pool::default();
+        let buffer = pool.take(3);
+        let place = buffer.as_ptr();
+        pool.give(buffer);
+        assert_eq!(pool.take(4).as_ptr(), place);
+        assert_ne!(pool.take(4).as_ptr(), place);
     }
 }
