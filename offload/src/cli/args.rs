@@ -5,14 +5,15 @@ use std::path::PathBuf;
 
 use super::listener::{ListenError, Listener};
 
-/// `--socket-path PATH` xor `--fd N`, and what belongs to them. Flatten it into a card's options;
+/// `--socket-path PATH`, several times for a card that serves several sockets, xor `--fd N`, and what belongs to them. Flatten it into a card's options;
 /// options of the card that are needed to serve do not matter when
 /// [`super::capabilities_asked`] is looked at first.
 #[derive(Clone, Debug, clap::Args)]
 pub struct SocketArgs {
-    /// Listen on this vhost-user socket; a stale one is replaced
+    /// Listen on this vhost-user socket; a stale one is replaced. Several times where a card may
+    /// have several frontends
     #[arg(long, value_name = "PATH", conflicts_with = "fd", required_unless_present_any = ["fd", "print_capabilities"])]
-    pub socket_path: Option<PathBuf>,
+    pub socket_path: Vec<PathBuf>,
     /// Use this inherited descriptor: a listening or a connected Unix stream socket
     #[arg(long, value_name = "N")]
     pub fd: Option<RawFd>,
@@ -25,15 +26,33 @@ pub struct SocketArgs {
 }
 
 impl SocketArgs {
-    /// Opens what the options name. Call it once, early: the descriptor of `--fd` is taken over.
+    /// Opens the one socket that the options name. Call it once, early: the descriptor of `--fd` is
+    /// taken over.
     ///
     /// # Errors
-    /// The path is taken or cannot be bound, or the descriptor is not what it has to be.
+    /// The path is taken or cannot be bound, or the descriptor is not what it has to be; several
+    /// paths are named.
     pub fn open(&self) -> Result<Listener, ListenError> {
-        match (&self.socket_path, self.fd) {
-            (Some(path), None) => Ok(Listener::bind(path, self.socket_mode)?),
-            (None, Some(fd)) => Ok(Listener::inherit(fd)?),
-            _ => Err(ListenError::NotOne),
+        let mut listeners = self.open_all()?.into_iter();
+        match (listeners.next(), listeners.next()) {
+            (Some(listener), None) => Ok(listener),
+            _ => Err(ListenError::Several),
+        }
+    }
+
+    /// Opens all that the options name, in their order, for a card that can serve several: at
+    /// least one. As [`SocketArgs::open`] else.
+    ///
+    /// # Errors
+    /// One of them cannot be opened; then none is.
+    pub fn open_all(&self) -> Result<Vec<Listener>, ListenError> {
+        match (self.socket_path.as_slice(), self.fd) {
+            ([], Some(fd)) => Ok(vec![Listener::inherit(fd)?]),
+            ([], None) | ([_, ..], Some(_)) => Err(ListenError::NotOne),
+            (paths, None) => paths
+                .iter()
+                .map(|path| Ok(Listener::bind(path, self.socket_mode)?))
+                .collect(),
         }
     }
 }
@@ -70,7 +89,7 @@ mod tests {
     fn a_path_or_a_descriptor_is_needed_and_not_both() {
         assert!(parse(&["--fd", "3"]).is_ok());
         let path = parse(&["--socket-path", "../a b"]).unwrap();
-        assert_eq!(path.socket_path, Some("../a b".into()));
+        assert_eq!(path.socket_path, [PathBuf::from("../a b")]);
         assert_eq!(path.socket_mode, 0o600);
         assert!(parse(&[]).unwrap_err().contains("--socket-path"));
         assert!(
@@ -83,6 +102,19 @@ mod tests {
             parse(&["--print-capabilities"]).unwrap().open(),
             Err(ListenError::NotOne)
         ));
+    }
+
+    #[test]
+    fn several_paths_are_opened_together_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| format!("--socket-path={}", dir.path().join(name).display());
+        let two = parse(&[&path("a"), &path("b")]).unwrap();
+        assert_eq!(two.open_all().unwrap().len(), 2);
+        assert!(matches!(two.open(), Err(ListenError::Several)));
+        let twice = parse(&[&path("a"), &path("b"), &path("a")]).unwrap();
+        assert!(matches!(twice.open_all(), Err(ListenError::Path(_))));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(parse(&["--fd", "3", &path("a")]).is_err());
     }
 
     #[test]

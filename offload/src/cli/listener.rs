@@ -25,6 +25,9 @@ pub enum ListenError {
     /// Neither or both were given.
     #[error("give either --socket-path or --fd")]
     NotOne,
+    /// This card has one frontend.
+    #[error("only one --socket-path can be served here")]
+    Several,
 }
 
 /// What is wrong with the descriptor given with `--fd`.

@@ -101,14 +101,18 @@ impl Registry {
 
     /// Shows all counters of virtqueue `index`, labelled `queue="index"`.
     pub fn queue(&self, index: u16, stats: &Arc<QueueStats>) {
-        let labels = || vec![("queue", index.to_string())];
+        self.labelled_queue(&vec![("queue", index.to_string())], stats);
+    }
+
+    /// Shows all counters of a virtqueue under labels that tell it from all others.
+    pub fn labelled_queue(&self, labels: &Labels, stats: &Arc<QueueStats>) {
         for (slot, name, help) in QUEUE_COUNTERS {
             let stats = Arc::clone(stats);
             let source = Source::Counter(Arc::new(move || slot(&stats).get()));
-            self.add(name, help, labels(), source);
+            self.add(name, help, labels.clone(), source);
         }
         for kind in ErrorKind::ALL {
-            let mut labels = labels();
+            let mut labels = labels.clone();
             labels.push(("kind", kind.name().to_owned()));
             let stats = Arc::clone(stats);
             let source = Source::Counter(Arc::new(move || stats.errors(kind)));
@@ -118,7 +122,7 @@ impl Registry {
         self.gauge(
             "in_flight",
             "Chains popped and not yet returned",
-            labels(),
+            labels.clone(),
             move || stats.in_flight(),
         );
     }

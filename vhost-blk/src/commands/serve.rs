@@ -9,11 +9,11 @@
 //! 4. threads: queues, control socket; frontends
 //! 5. at SIGTERM: rings stop, the volume is closed clean
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use offload::cli::{Listener, format_size};
 use offload::control::{ControlError, ControlServer};
 use offload::sandbox::Sandbox;
@@ -37,9 +37,16 @@ use crate::volume::recover::Recovered;
 const NAME: &str = "vhost-blk";
 
 pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    let paths = &args.socket.socket_path;
+    if paths.len() > 1 && !args.read_only {
+        bail!(
+            "several sockets can share a volume only with --read-only: each guest would keep a file \
+             system of its own in memory and overwrite what the others write"
+        );
+    }
     // First of all: what is at the number of --fd belongs to us before anything else is opened.
     let inherited = match args.socket.fd {
-        Some(_) => Some(args.socket.open()?),
+        Some(_) => Some(args.socket.open_all()?),
         None => None,
     };
     let limits = Limits::new(args.limits.rates()).context("the limits cannot be kept")?;
@@ -80,12 +87,13 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     ));
 
     let registry = Registry::new("vhost_blk");
-    device.register(&registry);
+    device.register_volume(&registry);
     SpaceWatch::register(&registry, &room.0, &room.1);
+    let devices = shown(&device, paths, &registry);
     let moves = rehome::Handle::new(args.rehome_rate, !args.read_only);
-    let listener = match inherited {
-        Some(listener) => listener,
-        None => args.socket.open()?,
+    let listeners = match inherited {
+        Some(listeners) => listeners,
+        None => args.socket.open_all()?,
     };
     let control = args
         .control_socket
@@ -105,8 +113,14 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         .then(|| SpaceWatch::start(room.0, room.1, args.low_space, events))
         .transpose()
         .context("cannot watch the volume's room")?;
-    let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
-    device.announce_over(backend.config_change_notifier());
+    let backends = devices
+        .into_iter()
+        .map(|device| Backend::new(Arc::clone(&device), device.queue_stats()))
+        .collect::<Result<Vec<_>, _>>()?;
+    // Siblings are read-only, and nobody resizes what is served read-only.
+    if let Some(backend) = backends.first() {
+        device.announce_over(backend.config_change_notifier());
+    }
     tracing::info!(
         "serving volume {serial} ({id}), {size}{}",
         match args.ephemeral {
@@ -119,10 +133,10 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         .then(|| Rehomer::start(&moves, &device, &backing))
         .transpose()
         .context("cannot start the thread that moves blocks")?;
-    let served = serve(&backend, listener, &stop);
+    let served = serve_all(&backends, listeners, &stop);
     drop(rehomer);
     // Ends the queues' threads, so that nothing is under way any more.
-    drop(backend);
+    drop(backends);
     drop(control);
     drop(watch);
     if let Some(backing) = leftover {
@@ -140,6 +154,27 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     served?;
     tracing::info!("volume {serial} is closed");
     Ok(())
+}
+
+/// A device for each socket, all of the same volume.
+fn shown(
+    device: &Arc<BlockDevice>,
+    paths: &[PathBuf],
+    registry: &Registry,
+) -> Vec<Arc<BlockDevice>> {
+    let [_, others @ ..] = paths else {
+        device.register_queues(registry, None);
+        return vec![Arc::clone(device)];
+    };
+    let siblings = others.iter().map(|_| Arc::new(device.sibling()));
+    let devices: Vec<_> = std::iter::once(Arc::clone(device))
+        .chain(siblings)
+        .collect();
+    for (device, path) in devices.iter().zip(paths) {
+        let path = path.to_string_lossy();
+        device.register_queues(registry, (paths.len() > 1).then_some(&*path));
+    }
+    devices
 }
 
 /// Says what opening found out of the ordinary.
@@ -222,8 +257,8 @@ fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbo
         builder = builder.user(user);
     }
     // The sockets' own files are removed in the end.
-    for path in [&args.socket.socket_path, &args.control_socket] {
-        let folder = path.as_deref().and_then(Path::parent);
+    let paths = args.socket.socket_path.iter().chain(&args.control_socket);
+    for folder in paths.map(|path| path.parent()) {
         builder = match folder {
             Some(folder) if folder.as_os_str().is_empty() => builder.remove_in("."),
             Some(folder) => builder.remove_in(folder),
@@ -231,6 +266,41 @@ fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbo
         };
     }
     builder.apply()
+}
+
+/// The end of one socket, for whatever reason, ends all.
+struct EndsAll<'a>(&'a StopSignal);
+
+impl Drop for EndsAll<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Each socket on a thread of its own: frontends come and go independently.
+fn serve_all(
+    backends: &[Backend<BlockDevice>],
+    listeners: Vec<Listener>,
+    stop: &StopSignal,
+) -> anyhow::Result<()> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = backends
+            .iter()
+            .zip(listeners)
+            .map(|(backend, listener)| {
+                scope.spawn(move || {
+                    let _ends_all = EndsAll(stop);
+                    serve(backend, listener, stop)
+                })
+            })
+            .collect();
+        let results = threads.into_iter().map(|thread| match thread.join() {
+            Ok(served) => served,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        // All are waited for, the first error is told.
+        results.fold(Ok(()), |all, one| all.and(one))
+    })
 }
 
 fn serve(

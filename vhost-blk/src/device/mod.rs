@@ -13,6 +13,12 @@
 //! | [`resize`] | growing under a running guest | in a thread of its own |
 //! | [`watch`] | how much room is left | in a thread of its own |
 //!
+//! # Several sockets
+//! A volume that nobody writes can be shown on several sockets: a [`BlockDevice::sibling`] each, with
+//! rings, features and counters of its own, over one engine, one backing and one [`Limits`]. A
+//! volume that is written has one frontend: its in-flight region is what survives a killed card,
+//! and guests with a file system of their own each would destroy the one on the volume.
+//!
 //! # When what becomes durable
 //! A write is acknowledged once its data are in the backing's hands and its delta is in the
 //! in-flight region, which survives a kill of the card but not the end of the guest. Whatever
@@ -85,7 +91,7 @@ pub struct Settings {
 
 /// What all queues share.
 pub(crate) struct State {
-    volume: Volume,
+    volume: Arc<Volume>,
     backing: Arc<FileBacking>,
     settings: Settings,
     limits: Limits,
@@ -144,6 +150,27 @@ impl BlockDevice {
         settings: Settings,
         limits: Limits,
     ) -> Self {
+        Self::with(Arc::new(volume), backing, settings, limits)
+    }
+
+    /// The same volume for the frontends of another socket.
+    #[must_use]
+    pub fn sibling(&self) -> Self {
+        debug_assert!(self.state.settings.is_read_only, "writers do not share");
+        Self::with(
+            Arc::clone(&self.state.volume),
+            Arc::clone(&self.state.backing),
+            self.state.settings.clone(),
+            self.state.limits.clone(),
+        )
+    }
+
+    fn with(
+        volume: Arc<Volume>,
+        backing: Arc<FileBacking>,
+        settings: Settings,
+        limits: Limits,
+    ) -> Self {
         let each = 0..settings.queues;
         Self {
             stats: each.clone().map(|_| Arc::default()).collect(),
@@ -177,10 +204,12 @@ impl BlockDevice {
         &self.state.volume
     }
 
-    /// Shows counters and latencies.
-    pub fn register(&self, registry: &Registry) {
+    /// Shows counters and latencies of its queues. `socket` tells it from its siblings.
+    pub fn register_queues(&self, registry: &Registry, socket: Option<&str>) {
         for (index, (stats, latencies)) in (0_u16..).zip(self.stats.iter().zip(&self.latencies)) {
-            registry.queue(index, stats);
+            let mut labels = vec![("queue", index.to_string())];
+            labels.extend(socket.map(|socket| ("socket", socket.to_owned())));
+            registry.labelled_queue(&labels, stats);
             for (name, help, histogram) in [
                 ("read", "Latency of reads", &latencies.read),
                 ("write", "Latency of writes", &latencies.write),
@@ -190,10 +219,13 @@ impl BlockDevice {
                     &latencies.flush,
                 ),
             ] {
-                let labels = vec![("queue", index.to_string())];
-                registry.histogram(name, help, labels, Arc::clone(histogram));
+                registry.histogram(name, help, labels.clone(), Arc::clone(histogram));
             }
         }
+    }
+
+    /// Shows the counters of the volume, which siblings have in common.
+    pub fn register_volume(&self, registry: &Registry) {
         self.state.limits.register(registry);
         type Field = fn(&Stats) -> &AtomicU64;
         let fields: [(Field, &'static str, &'static str); 7] = [

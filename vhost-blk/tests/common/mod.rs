@@ -303,8 +303,13 @@ impl Guest {
     }
 
     pub fn with(card: &Card, options: Options) -> Self {
+        Self::at(&card.socket, options)
+    }
+
+    /// A guest on any socket.
+    pub fn at(socket: &Path, options: Options) -> Self {
         let ram = GuestRam::new(128 << 20);
-        let mut frontend = TestFrontend::connect(&card.socket, options.queues);
+        let mut frontend = TestFrontend::connect(socket, options.queues);
         let features = frontend.negotiate(options.features);
         frontend.add_memory(&ram);
         let inflight = options
