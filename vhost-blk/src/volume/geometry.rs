@@ -35,7 +35,7 @@ pub const MAX_VOLUME_LEN: u64 = 1 << 47;
 pub const MIN_VOLUME_LEN: u64 = CHUNK_LEN;
 
 /// Room besides a volume's size, in percent of it, unless another figure is asked for: of random
-/// overwrites of a full volume every second block then follows another one on disk (see
+/// overwrites of a full volume two in five blocks then follow another one on disk (see
 /// `docs/placement.md`). A file takes that room only when it is used.
 pub const SPARE_PERCENT: u64 = 25;
 /// The most of it.
