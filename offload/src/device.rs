@@ -81,6 +81,12 @@ pub trait Device: Send + Sync + 'static {
     /// All rings are stopped and the frontend has left or was dropped.
     fn stop(&self);
 
+    /// The queue whose thread and handler serves `queue`; at most `queue`, and its own leader.
+    /// Each has its own if the device does not say otherwise.
+    fn leader(&self, queue: u16) -> u16 {
+        queue
+    }
+
     /// For how long a queue's thread may look for its next event before it sleeps, if events have
     /// been coming that quickly. Zero: never.
     fn poll_limit(&self) -> std::time::Duration {
@@ -140,6 +146,13 @@ pub trait QueueHandler {
         let _ = io;
     }
 
+    /// Whether the chains of `queue` are taken with [`QueueIo::pop`] as they are needed, not handed
+    /// to [`Self::request`] as they come. Asked once.
+    fn is_pulled(&self, queue: u16) -> bool {
+        let _ = queue;
+        false
+    }
+
     /// Chains held by the handler. The ring is stopped only when this is 0.
     fn chains_held(&self) -> usize;
 }
@@ -176,4 +189,6 @@ pub struct Chain {
 pub struct ChainToken {
     /// Head descriptor index.
     pub(crate) head: u16,
+    /// Which ring of its thread it is of.
+    pub(crate) slot: u16,
 }

@@ -379,7 +379,7 @@ impl Virtqueue {
                 table.atomic::<AtomicU64>(at + 8).load(Ordering::Relaxed),
             )
         };
-        let token = ChainToken { head };
+        let token = ChainToken { head, slot: 0 };
         let walked = self
             .walker
             .walk(head, self.layout.size, read, self.indirect, &self.memory);
@@ -409,6 +409,30 @@ impl Virtqueue {
     fn give_up(&mut self, fault: RingFault) -> Option<Popped> {
         self.fault = Some(fault);
         None
+    }
+
+    /// Undoes the last [`Self::pop`]: the chain is the next to be popped again.
+    pub fn unpop(&mut self, token: ChainToken) {
+        let head = token.head;
+        let Some(out) = self.out.get_mut(usize::from(head)) else {
+            debug_assert!(false, "token of another queue");
+            return;
+        };
+        let epoch = std::mem::replace(out, 0);
+        if epoch == 0 {
+            debug_assert!(false, "token of another queue");
+            return;
+        }
+        self.out_count -= 1;
+        if epoch != self.epoch {
+            self.release(epoch);
+        }
+        if self.inflight.is_some() {
+            // The region has it as ours already; it is popped from there.
+            self.resubmit.push_front(head);
+        } else {
+            self.next_avail = self.next_avail.wrapping_sub(1);
+        }
     }
 
     /// Puts a chain on the used ring with the number of bytes written to it. The driver sees it
@@ -497,6 +521,19 @@ impl Virtqueue {
     #[inline]
     #[must_use = "chains that came in the meantime are not kicked for"]
     pub fn enable_kicks(&mut self) -> bool {
+        self.ask_for_kicks(self.next_avail)
+            && (!self.resubmit.is_empty() || self.next_avail != self.seen_avail || self.look())
+    }
+
+    /// As [`Self::enable_kicks`], for a device that has looked at all chains that there were and
+    /// gave them back because they do not suffice. True: there are more now.
+    pub fn enable_kicks_for_more(&mut self) -> bool {
+        let seen = self.seen_avail;
+        self.ask_for_kicks(seen) && self.look() && self.seen_avail != seen
+    }
+
+    /// Asks to be told of the chain at available index `from`. False: the ring is broken.
+    fn ask_for_kicks(&mut self, from: u16) -> bool {
         if self.fault.is_some() {
             return false;
         }
@@ -504,14 +541,14 @@ impl Virtqueue {
         if self.event_idx {
             let at = RING + USED_ELEM_LEN * usize::from(self.layout.size);
             let event = used.atomic::<AtomicU16>(at);
-            event.store(self.next_avail.to_le(), Ordering::Relaxed);
+            event.store(from.to_le(), Ordering::Relaxed);
         } else if !self.kicks_enabled {
             used.atomic::<AtomicU16>(USED_FLAGS)
                 .store(0, Ordering::Relaxed);
         }
         self.kicks_enabled = true;
         fence(Ordering::SeqCst);
-        !self.resubmit.is_empty() || self.next_avail != self.seen_avail || self.look()
+        true
     }
 
     /// Whether [`Self::pop`] has something to give. Asks for no kick.

@@ -35,6 +35,13 @@
 //! operation in the kernel. A handler that panics, or an io_uring that fails, ends the thread at
 //! once; what the kernel may still write to is then leaked rather than freed.
 //!
+//! # Several queues on one thread
+//! A device whose queues share state (a network card's receive and transmit queue) names a leader
+//! for each ([`Device::leader`]): they share thread, io_uring and handler, and need no lock
+//! between them. A queue whose chains are empty buffers to be filled some day is *pulled*: the
+//! handler takes chains when it has something to put in, and the driver is asked to kick only
+//! while the handler lacks some.
+//!
 //! # Polling
 //! A device may allow a queue to look for its next event for some microseconds before it sleeps
 //! ([`Device::poll_limit`]). When that is worth it is told in `patience`. An idle queue sleeps.
@@ -48,7 +55,7 @@ use std::thread::JoinHandle;
 use io_uring::squeue;
 use rustix::event::EventfdFlags;
 
-use crate::device::{ChainToken, Device, DeviceError};
+use crate::device::{Chain, ChainToken, Device, DeviceError};
 use crate::inflight::QueueInflight;
 use crate::memory::GuestMemory;
 use crate::telemetry::QueueStats;
@@ -60,6 +67,8 @@ mod uring;
 
 use rounds::{Engine, Rounds};
 
+#[cfg(test)]
+mod group_tests;
 #[cfg(test)]
 mod tests;
 
@@ -231,6 +240,32 @@ impl QueueIo<'_> {
         self.engine.complete(token, written);
     }
 
+    /// The queue whose chain was handed over or popped last. On a thread of several queues,
+    /// [`Self::memory`] is that queue's.
+    #[must_use]
+    pub fn queue(&self) -> u16 {
+        self.engine.queue()
+    }
+
+    /// Takes a chain of a queue that [`crate::device::QueueHandler::is_pulled`]. `None`: there is
+    /// none, or the queue does not run; the loop goes round again when there may be one.
+    #[must_use]
+    pub fn pop(&mut self, queue: u16) -> Option<Chain> {
+        self.engine.pop(queue)
+    }
+
+    /// Gives back the chain that was popped last, as if it had never been taken. Several go back
+    /// in the reverse order.
+    pub fn unpop(&mut self, token: ChainToken) {
+        self.engine.unpop(token);
+    }
+
+    /// The chains that a queue has do not suffice: the loop is to go round again when the driver
+    /// has added some.
+    pub fn want(&mut self, queue: u16) {
+        self.engine.want(queue);
+    }
+
     /// Guest memory as it is now; empty before the first start.
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestMemory> {
@@ -243,9 +278,20 @@ impl QueueIo<'_> {
 #[derive(Debug)]
 pub struct QueueThread {
     index: u16,
-    commands: Sender<Command>,
+    /// Which ring of the thread it is.
+    slot: usize,
+    commands: Sender<(usize, Command)>,
     doorbell: Arc<Doorbell>,
-    thread: Option<JoinHandle<()>>,
+    thread: Arc<Thread>,
+}
+
+/// A thread, joined when the last of its queues is dropped.
+#[derive(Debug)]
+struct Thread {
+    index: u16,
+    commands: Sender<(usize, Command)>,
+    doorbell: Arc<Doorbell>,
+    handle: Option<JoinHandle<()>>,
 }
 
 impl QueueThread {
@@ -258,6 +304,22 @@ impl QueueThread {
         index: u16,
         stats: Arc<QueueStats>,
     ) -> Result<Self, WorkerError> {
+        let mut queues = Self::spawn_group(device, vec![(index, stats)])?;
+        queues.pop().ok_or(WorkerError::Gone { queue: index })
+    }
+
+    /// Starts one thread for several queues; the handler is that of the first.
+    ///
+    /// # Errors
+    /// The thread, its io_uring or the device's handler could not be made.
+    pub fn spawn_group<D: Device>(
+        device: Arc<D>,
+        queues: Vec<(u16, Arc<QueueStats>)>,
+    ) -> Result<Vec<Self>, WorkerError> {
+        let Some(&(index, _)) = queues.first() else {
+            return Ok(Vec::new());
+        };
+        let indices: Vec<u16> = queues.iter().map(|(index, _)| *index).collect();
         let setup = move |source| WorkerError::Setup {
             queue: index,
             source,
@@ -276,9 +338,9 @@ impl QueueThread {
                 doorbell: Arc::clone(&bell),
             };
             let poll_limit = device.poll_limit();
-            let made = Engine::new(stats).map_err(setup).and_then(|engine| {
+            let made = Engine::new(queues).map_err(setup).and_then(|engine| {
                 match device.queue(index, waker) {
-                    Ok(handler) => Ok(Rounds::new(index, engine, handler, bell, inbox, poll_limit)),
+                    Ok(handler) => Ok(Rounds::new(engine, handler, bell, inbox, poll_limit)),
                     Err(source) => Err(WorkerError::Handler {
                         queue: index,
                         source,
@@ -303,12 +365,22 @@ impl QueueThread {
             .spawn(body)
             .map_err(setup)?;
         match is_ready.recv() {
-            Ok(Ok(())) => Ok(Self {
-                index,
-                commands,
-                doorbell,
-                thread: Some(thread),
-            }),
+            Ok(Ok(())) => {
+                let thread = Arc::new(Thread {
+                    index,
+                    commands: commands.clone(),
+                    doorbell: Arc::clone(&doorbell),
+                    handle: Some(thread),
+                });
+                let of = |(slot, &index): (usize, &u16)| Self {
+                    index,
+                    slot,
+                    commands: commands.clone(),
+                    doorbell: Arc::clone(&doorbell),
+                    thread: Arc::clone(&thread),
+                };
+                Ok(indices.iter().enumerate().map(of).collect())
+            }
             Ok(Err(error)) => {
                 let _ = thread.join();
                 Err(error)
@@ -317,11 +389,18 @@ impl QueueThread {
         }
     }
 
+    /// The queue.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
     /// Sends a command and waits for the answer.
     fn ask<T>(&self, make: impl FnOnce(Sender<T>) -> Command) -> Result<T, WorkerError> {
         let gone = || WorkerError::Gone { queue: self.index };
         let (reply, answer) = channel();
-        self.commands.send(make(reply)).map_err(|_| gone())?;
+        let command = (self.slot, make(reply));
+        self.commands.send(command).map_err(|_| gone())?;
         self.doorbell.ring();
         answer.recv().map_err(|_| gone())
     }
@@ -374,16 +453,17 @@ impl QueueThread {
     /// Whether the thread still serves. It ends early only by a panic or a failing io_uring.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|t| !t.is_finished())
+        let handle = self.thread.handle.as_ref();
+        handle.is_some_and(|handle| !handle.is_finished())
     }
 }
 
-impl Drop for QueueThread {
+impl Drop for Thread {
     fn drop(&mut self) {
-        let _ = self.commands.send(Command::Exit);
+        let _ = self.commands.send((0, Command::Exit));
         self.doorbell.ring();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+        if let Some(handle) = self.handle.take()
+            && handle.join().is_err()
         {
             tracing::error!(queue = self.index, "the queue's thread had panicked");
         }

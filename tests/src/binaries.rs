@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Path of `host-shim`, `vhost-blk` or `stamper`.
+/// Path of `host-shim`, `vhost-blk`, `vhost-net` or `stamper`.
 ///
 /// # Panics
 /// When they cannot be built.
@@ -46,7 +46,7 @@ fn build() -> PathBuf {
     let output = Command::new(cargo)
         .current_dir(root)
         .args(["build", "--locked", "--profile", profile])
-        .args(["-p", "host-shim", "-p", "vhost-blk"])
+        .args(["-p", "host-shim", "-p", "vhost-blk", "-p", "vhost-net"])
         .args(["-p", "offload-tests", "--bins"])
         .arg("--target-dir")
         .arg(target)

@@ -19,15 +19,26 @@
 //! |---|---|
 //! | [`spec`] | what an interface is: addresses, gateway, name servers, MTU |
 //! | [`frame`] | a frame of the guest's, checked once; offload metadata; checksums |
+//! | [`card`] | the order in which a packet meets services, policy and stack |
+//! | [`stack`] | flows: TCP terminated, UDP, echo |
+//! | [`host`] | the host's sockets, published ports |
+//! | [`device`] | the virtio-net device: features, queue pairs |
 //! | [`local`] | what the services and the policy look like from the data path |
 //! | [`services`] | ARP, ND, DHCP, DHCPv6, DNS, metadata, ping: what the card itself is on the link |
 //! | [`policy`] | source check, security groups, connection tracking, flow log, capture format |
 //!
-//! Everything but [`device`] and `host` is free of I/O: it takes bytes and a `now` and returns
+//! Everything but [`device`] and [`host`] is free of I/O: it takes bytes and a `now` and returns
 //! frames and wishes.
 
+pub mod args;
+pub mod card;
+pub mod commands;
+pub mod device;
 pub mod frame;
+pub mod host;
 pub mod local;
+pub mod locals;
 pub mod policy;
 pub mod services;
 pub mod spec;
+pub mod stack;

@@ -39,6 +39,8 @@ pub(super) struct FileRules {
     pub(super) read: Vec<PathBuf>,
     pub(super) read_write: Vec<PathBuf>,
     pub(super) remove: Vec<PathBuf>,
+    /// TCP ports stay in reach.
+    pub(super) network: bool,
 }
 
 /// Rules whose paths are open.
@@ -47,6 +49,7 @@ pub(super) struct OpenRules {
     rules: Vec<(PathFd, BitFlags<AccessFs>)>,
     opens: bool,
     removes: bool,
+    network: bool,
 }
 
 impl FileRules {
@@ -85,6 +88,7 @@ impl FileRules {
             rules,
             opens,
             removes,
+            network: self.network,
         })
     }
 }
@@ -104,11 +108,15 @@ impl OpenRules {
     }
 
     fn restrict(self) -> Result<LandlockLevel, landlock::RulesetError> {
-        let mut ruleset = Ruleset::default()
+        let ruleset = Ruleset::default()
             .handle_access(AccessFs::from_all(VERSION))?
-            .handle_access(AccessNet::from_all(VERSION))?
-            .scope(Scope::from_all(VERSION))?
-            .create()?;
+            .scope(Scope::from_all(VERSION))?;
+        let ruleset = if self.network {
+            ruleset
+        } else {
+            ruleset.handle_access(AccessNet::from_all(VERSION))?
+        };
+        let mut ruleset = ruleset.create()?;
         for (fd, access) in self.rules {
             ruleset = ruleset.add_rule(PathBeneath::new(fd, access))?;
         }

@@ -148,6 +148,13 @@ impl SandboxBuilder {
         self
     }
 
+    /// Leaves TCP ports in reach of Landlock; the system calls for sockets have to be allowed
+    /// besides ([`Self::allow_calls`]).
+    pub fn network(mut self) -> Self {
+        self.files.network = true;
+        self
+    }
+
     /// Lets files be opened for reading at or below `path`.
     pub fn read(mut self, path: impl Into<PathBuf>) -> Self {
         self.files.read.push(path.into());

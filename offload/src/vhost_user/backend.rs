@@ -74,13 +74,24 @@ impl<D: Device> Backend<D> {
                 "one QueueStats for each queue is needed",
             ));
         }
+        let leads = |queue| device.leader(queue);
+        if (0..device.queue_count()).any(|q| leads(q) > q || leads(leads(q)) != leads(q)) {
+            return Err(BackendError::Device(
+                "a queue has a leader that does not lead",
+            ));
+        }
         let inner = Inner::new(Arc::clone(&device), |device| {
-            (0..device.queue_count())
-                .zip(stats)
-                .map(|(queue, stats)| {
-                    QueueThread::spawn(Arc::clone(device), queue, Arc::clone(stats))
-                })
-                .collect()
+            let queues = || (0..device.queue_count()).zip(stats);
+            let mut threads = Vec::new();
+            for leader in 0..device.queue_count() {
+                let group: Vec<_> = queues()
+                    .filter(|(queue, _)| device.leader(*queue) == leader)
+                    .map(|(queue, stats)| (queue, Arc::clone(stats)))
+                    .collect();
+                threads.extend(QueueThread::spawn_group(Arc::clone(device), group)?);
+            }
+            threads.sort_by_key(QueueThread::index);
+            Ok(threads)
         })?;
         Ok(Self { inner })
     }

@@ -12,13 +12,15 @@ use io_uring::{cqueue, opcode, squeue, types};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
+use smallvec::SmallVec;
+
 use super::patience::{Patience, Wait};
 use super::uring::Uring;
 use super::{Command, Doorbell, QueueIo, RingConfig, WorkerError};
-use crate::device::{ChainToken, QueueHandler};
+use crate::device::{Chain, ChainToken, QueueHandler};
 use crate::memory::GuestMemory;
 use crate::telemetry::QueueStats;
-use crate::virtqueue::{Popped, Virtqueue};
+use crate::virtqueue::{ChainFault, Popped, Virtqueue};
 
 /// Chains popped in a round, so that completions get their turn.
 const POP_BATCH: u64 = 64;
@@ -38,27 +40,124 @@ const KIND: u64 = 0xff;
 const DOORBELL: u64 = 1;
 const KICK: u64 = 2;
 const CANCEL: u64 = 3;
+/// Where a kick's `user_data` has its ring; above the generation. 256 queues fit.
+const SLOT_SHIFT: u32 = 40;
+const SLOT_MASK: u64 = 0xffff;
 
 /// What the handler reaches through [`QueueIo`].
 pub(super) struct Engine {
     uring: Uring,
-    queue: Option<Virtqueue>,
+    /// The queues of this thread; mostly one.
+    rings: SmallVec<[Ring; 1]>,
+    /// The ring whose turn it is.
+    current: usize,
     /// Memory to show while no ring runs.
     memory: Arc<GuestMemory>,
-    stats: Arc<QueueStats>,
     /// The handler's operations in the kernel or on the way there.
     pending: usize,
+    is_exiting: bool,
+}
+
+/// One queue of a thread.
+struct Ring {
+    index: u16,
+    queue: Option<Virtqueue>,
+    stats: Arc<QueueStats>,
+    /// The handler takes chains as it needs them.
+    is_pulled: bool,
+    /// It wanted one and there was none.
+    is_starved: bool,
+    is_enabled: bool,
+    stopping: Option<Sender<Result<u16, WorkerError>>>,
+    kick: Kick,
+    call: Option<Call>,
+    err: Option<OwnedFd>,
+    has_logged_fault: bool,
+    has_logged_malformed: bool,
+}
+
+impl Ring {
+    fn new(index: u16, stats: Arc<QueueStats>) -> Self {
+        Self {
+            index,
+            queue: None,
+            stats,
+            is_pulled: false,
+            is_starved: false,
+            is_enabled: false,
+            stopping: None,
+            kick: Kick::default(),
+            call: None,
+            err: None,
+            has_logged_fault: false,
+            has_logged_malformed: false,
+        }
+    }
+
+    fn is_popping(&self) -> bool {
+        self.queue.is_some() && self.is_enabled && self.stopping.is_none()
+    }
+
+    fn signal_call(&self) {
+        if let Some(call) = &self.call {
+            self.stats.notifications.inc();
+            call.signal();
+        }
+    }
+
+    fn malformed(&mut self, fault: ChainFault) {
+        if !std::mem::replace(&mut self.has_logged_malformed, true) {
+            tracing::warn!(
+                queue = self.index,
+                %fault,
+                "the guest sent a malformed descriptor chain; further ones are only counted"
+            );
+        }
+    }
+
+    /// Shows the guest what was completed in this round.
+    fn publish(&mut self) {
+        let Some(queue) = &mut self.queue else {
+            return;
+        };
+        let completed = u64::from(queue.unpublished());
+        let fault = queue.fault();
+        if completed > 0 {
+            let wants_call = queue.publish();
+            self.stats.completions.add(completed);
+            if wants_call {
+                self.signal_call();
+            }
+        }
+        if let Some(fault) = fault
+            && !std::mem::replace(&mut self.has_logged_fault, true)
+        {
+            tracing::error!(
+                queue = self.index,
+                %fault,
+                "the guest broke its ring: the queue is given up until it is started again"
+            );
+            self.stats.broken.inc();
+            if let Some(err) = &self.err {
+                let _ = rustix::io::write(err, &1u64.to_ne_bytes());
+            }
+        }
+    }
 }
 
 impl Engine {
     /// To be called on the queue's thread.
-    pub(super) fn new(stats: Arc<QueueStats>) -> io::Result<Self> {
+    pub(super) fn new(queues: Vec<(u16, Arc<QueueStats>)>) -> io::Result<Self> {
+        let rings = queues.into_iter();
         Ok(Self {
             uring: Uring::new()?,
-            queue: None,
+            rings: rings
+                .map(|(index, stats)| Ring::new(index, stats))
+                .collect(),
+            current: 0,
             memory: Arc::default(),
-            stats,
             pending: 0,
+            is_exiting: false,
         })
     }
 
@@ -79,15 +178,65 @@ impl Engine {
 
     #[inline]
     pub(super) fn complete(&mut self, token: ChainToken, written: u32) {
-        if let Some(queue) = &mut self.queue {
+        let ring = self.rings.get_mut(usize::from(token.slot));
+        if let Some(queue) = ring.and_then(|ring| ring.queue.as_mut()) {
             queue.add_used(token, written);
         }
     }
 
     pub(super) fn memory(&self) -> &Arc<GuestMemory> {
-        self.queue
-            .as_ref()
-            .map_or(&self.memory, |queue| queue.memory())
+        let queue = self.rings.get(self.current).and_then(|r| r.queue.as_ref());
+        queue.map_or(&self.memory, |queue| queue.memory())
+    }
+
+    /// The queue whose turn it is.
+    pub(super) fn queue(&self) -> u16 {
+        self.rings.get(self.current).map_or(0, |ring| ring.index)
+    }
+
+    pub(super) fn pop(&mut self, queue: u16) -> Option<Chain> {
+        let slot = self.rings.iter().position(|ring| ring.index == queue)?;
+        let ring = self.rings.get_mut(slot)?;
+        if !ring.is_popping() || self.is_exiting {
+            return None;
+        }
+        loop {
+            match ring.queue.as_mut()?.pop() {
+                None => {
+                    ring.is_starved = true;
+                    return None;
+                }
+                Some(Popped::Chain(mut chain)) => {
+                    chain.token.slot = slot as u16;
+                    ring.stats.requests.inc();
+                    ring.queue.as_mut()?.disable_kicks();
+                    self.current = slot;
+                    return Some(chain);
+                }
+                Some(Popped::Malformed(token, fault)) => {
+                    ring.queue.as_mut()?.add_used(token, 0);
+                    ring.stats.requests.inc();
+                    ring.stats.malformed_chains.inc();
+                    ring.malformed(fault);
+                }
+            }
+        }
+    }
+
+    pub(super) fn unpop(&mut self, token: ChainToken) {
+        if let Some(ring) = self.rings.get_mut(usize::from(token.slot))
+            && let Some(queue) = &mut ring.queue
+        {
+            queue.unpop(token);
+            ring.stats.completions.inc();
+        }
+    }
+
+    /// Nothing more to pop for the handler until the driver has added something.
+    pub(super) fn want(&mut self, queue: u16) {
+        if let Some(ring) = self.rings.iter_mut().find(|ring| ring.index == queue) {
+            ring.is_starved = true;
+        }
     }
 }
 
@@ -140,59 +289,51 @@ struct Kick {
 }
 
 impl Kick {
-    fn user_data(&self) -> u64 {
-        OWN | KICK | u64::from(self.generation) << 8
+    fn user_data(&self, slot: usize) -> u64 {
+        OWN | KICK | u64::from(self.generation) << 8 | (slot as u64) << SLOT_SHIFT
     }
 }
 
 /// The loop's state.
 pub(super) struct Rounds<H> {
-    index: u16,
     parts: ManuallyDrop<Parts<H>>,
     doorbell: Arc<Doorbell>,
-    inbox: Receiver<Command>,
-    kick: Kick,
-    call: Option<Call>,
-    err: Option<OwnedFd>,
-    is_enabled: bool,
-    stopping: Option<Sender<Result<u16, WorkerError>>>,
-    is_exiting: bool,
+    inbox: Receiver<(usize, Command)>,
     patience: Patience,
     has_shut_down: bool,
     is_doorbell_armed: bool,
-    has_logged_fault: bool,
-    has_logged_malformed: bool,
     /// Polls and cancellations in the kernel.
     own_pending: usize,
 }
 
 impl<H: QueueHandler> Rounds<H> {
     pub(super) fn new(
-        index: u16,
-        engine: Engine,
+        mut engine: Engine,
         handler: H,
         doorbell: Arc<Doorbell>,
-        inbox: Receiver<Command>,
+        inbox: Receiver<(usize, Command)>,
         poll_limit: Duration,
     ) -> Self {
+        for ring in &mut engine.rings {
+            ring.is_pulled = handler.is_pulled(ring.index);
+        }
         Self {
-            index,
             parts: ManuallyDrop::new(Parts { engine, handler }),
             doorbell,
             inbox,
-            kick: Kick::default(),
-            call: None,
-            err: None,
-            is_enabled: false,
-            stopping: None,
-            is_exiting: false,
             patience: Patience::new(poll_limit),
             has_shut_down: false,
             is_doorbell_armed: false,
-            has_logged_fault: false,
-            has_logged_malformed: false,
             own_pending: 0,
         }
+    }
+
+    fn slots(&self) -> std::ops::Range<usize> {
+        0..self.parts.engine.rings.len()
+    }
+
+    fn ring(&mut self, slot: usize) -> Option<&mut Ring> {
+        self.parts.engine.rings.get_mut(slot)
     }
 
     /// Runs until the thread is to end and nothing is in the kernel any more.
@@ -203,16 +344,25 @@ impl<H: QueueHandler> Rounds<H> {
                 self.take_commands();
             }
             self.wake();
-            let has_more = self.pop();
+            let mut has_more = false;
+            for slot in self.slots() {
+                has_more |= self.pop(slot);
+            }
             self.patience.end(Instant::now);
-            let is_ending = self.stopping.is_some() || self.is_exiting;
+            let engine = &self.parts.engine;
+            let is_ending =
+                engine.is_exiting || engine.rings.iter().any(|ring| ring.stopping.is_some());
             let Parts { engine, handler } = &mut *self.parts;
             if is_ending {
                 handler.stopping(&mut QueueIo { engine });
             }
             handler.round_end(&mut QueueIo { engine });
-            self.publish();
-            self.finish_stop();
+            for ring in &mut engine.rings {
+                ring.publish();
+            }
+            for slot in self.slots() {
+                self.finish_stop(slot);
+            }
             if self.finish_exit() {
                 // SAFETY: dropped once, here; `self.parts` is not touched afterwards, and `Rounds`
                 // has no Drop. The kernel has nothing of it any more.
@@ -258,45 +408,57 @@ impl<H: QueueHandler> Rounds<H> {
         match cqe.user_data() & KIND {
             DOORBELL => {
                 self.is_doorbell_armed &= !has_ended;
-                if cqe.result() < 0 && !self.is_exiting {
+                if cqe.result() < 0 && !self.parts.engine.is_exiting {
                     return Err(io::Error::from_raw_os_error(-cqe.result()));
                 }
-                if has_ended && !self.is_exiting {
+                if has_ended && !self.parts.engine.is_exiting {
                     // The completion queue was full once.
                     self.arm_doorbell();
                 }
                 Ok(true)
             }
-            KICK if cqe.user_data() == self.kick.user_data() => {
-                self.kick.is_armed &= !has_ended;
-                // A multishot poll on an eventfd goes on, but for a full completion queue.
-                self.kick.ends_in_a_row = if has_ended {
-                    self.kick.ends_in_a_row + 1
-                } else {
-                    0
-                };
-                let readable = u32::from(PollFlags::IN.bits());
-                if cqe.result() < 0
-                    || cqe.result() as u32 & readable == 0
-                    || self.kick.ends_in_a_row > KICK_ENDS_MAX
-                {
-                    // An error, a hang-up, or always ready as a file is.
-                    tracing::error!(
-                        queue = self.index,
-                        result = cqe.result(),
-                        "the kick file descriptor cannot be waited for; is it an eventfd?"
-                    );
-                    self.disarm_kick();
-                    return Ok(false);
-                }
-                self.parts.engine.stats.kicks.inc();
-                if has_ended {
-                    self.arm_kick();
-                }
-                Ok(false)
+            KICK => {
+                let slot = (cqe.user_data() >> SLOT_SHIFT & SLOT_MASK) as usize;
+                Ok(self.kicked(slot, cqe, has_ended))
             }
             _ => Ok(false),
         }
+    }
+
+    /// The poll on a ring's kick eventfd reports. Never the doorbell.
+    fn kicked(&mut self, slot: usize, cqe: &cqueue::Entry, has_ended: bool) -> bool {
+        let Some(ring) = self.ring(slot) else {
+            return false;
+        };
+        if cqe.user_data() != ring.kick.user_data(slot) {
+            return false;
+        }
+        ring.kick.is_armed &= !has_ended;
+        // A multishot poll on an eventfd goes on, but for a full completion queue.
+        ring.kick.ends_in_a_row = if has_ended {
+            ring.kick.ends_in_a_row + 1
+        } else {
+            0
+        };
+        let readable = u32::from(PollFlags::IN.bits());
+        if cqe.result() < 0
+            || cqe.result() as u32 & readable == 0
+            || ring.kick.ends_in_a_row > KICK_ENDS_MAX
+        {
+            // An error, a hang-up, or always ready as a file is.
+            tracing::error!(
+                queue = ring.index,
+                result = cqe.result(),
+                "the kick file descriptor cannot be waited for; is it an eventfd?"
+            );
+            self.disarm_kick(slot);
+            return false;
+        }
+        ring.stats.kicks.inc();
+        if has_ended {
+            self.arm_kick(slot);
+        }
+        false
     }
 
     fn push_own(&mut self, entry: squeue::Entry, user_data: u64) {
@@ -321,101 +483,117 @@ impl<H: QueueHandler> Rounds<H> {
         self.is_doorbell_armed = true;
     }
 
-    fn arm_kick(&mut self) {
-        if let Some(fd) = self.kick.fd.as_ref().map(AsRawFd::as_raw_fd) {
-            self.arm(fd, self.kick.user_data());
-            self.kick.is_armed = true;
+    fn arm_kick(&mut self, slot: usize) {
+        let Some(ring) = self.ring(slot) else { return };
+        if let Some(fd) = ring.kick.fd.as_ref().map(AsRawFd::as_raw_fd) {
+            ring.kick.is_armed = true;
+            let user_data = ring.kick.user_data(slot);
+            self.arm(fd, user_data);
         }
     }
 
     /// Ends the poll on the kick eventfd; what it still reports is ignored.
-    fn disarm_kick(&mut self) {
-        if std::mem::take(&mut self.kick.is_armed) {
-            self.cancel(self.kick.user_data());
+    fn disarm_kick(&mut self, slot: usize) {
+        let Some(ring) = self.ring(slot) else { return };
+        if std::mem::take(&mut ring.kick.is_armed) {
+            let user_data = ring.kick.user_data(slot);
+            self.cancel(user_data);
             // The descriptor number must not be reused before the kernel has looked at the
             // entries that name it.
             let _ = self.parts.engine.uring.submit();
         }
-        self.kick.generation = self.kick.generation.wrapping_add(1);
-        self.kick.ends_in_a_row = 0;
+        let Some(ring) = self.ring(slot) else { return };
+        ring.kick.generation = ring.kick.generation.wrapping_add(1);
+        ring.kick.ends_in_a_row = 0;
     }
 
     fn take_commands(&mut self) {
         loop {
             match self.inbox.try_recv() {
-                Ok(command) => self.obey(command),
+                Ok((slot, command)) => self.obey(slot, command),
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => {
-                    self.is_exiting = true;
+                    self.parts.engine.is_exiting = true;
                     return;
                 }
             }
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn obey(&mut self, slot: usize, command: Command) {
+        let Some(ring) = self.ring(slot) else { return };
+        let is_running = ring.queue.is_some();
         // An answer that nobody waits for any more does not matter.
         match command {
-            Command::Start(ring, reply) => {
-                let _ = reply.send(self.start(*ring));
+            Command::Start(config, reply) => {
+                let _ = reply.send(self.start(slot, *config));
             }
             Command::Stop(reply) => {
-                if self.parts.engine.queue.is_some() && self.stopping.is_none() {
-                    self.stopping = Some(reply);
+                if is_running && ring.stopping.is_none() {
+                    ring.stopping = Some(reply);
                 } else {
-                    let queue = self.index;
+                    let queue = ring.index;
                     let _ = reply.send(Err(WorkerError::NotRunning { queue }));
                 }
             }
             Command::Call(fd, reply) => {
-                self.call = fd.map(Call::new);
-                if self.parts.engine.queue.is_some() {
-                    self.signal_call();
+                ring.call = fd.map(Call::new);
+                if is_running {
+                    ring.signal_call();
                 }
                 let _ = reply.send(());
             }
             Command::Kick(fd, reply) => {
-                self.disarm_kick();
-                self.kick.fd = fd;
-                if self.parts.engine.queue.is_some() {
-                    self.arm_kick();
+                self.disarm_kick(slot);
+                if let Some(ring) = self.ring(slot) {
+                    ring.kick.fd = fd;
+                }
+                if is_running {
+                    self.arm_kick(slot);
                 }
                 let _ = reply.send(());
             }
             Command::Err(fd, reply) => {
-                self.err = fd;
+                ring.err = fd;
                 let _ = reply.send(());
             }
             Command::Enabled(is_enabled, reply) => {
-                self.is_enabled = is_enabled;
+                ring.is_enabled = is_enabled;
                 let _ = reply.send(());
             }
             Command::Memory(memory, reply) => {
-                if let Some(queue) = &mut self.parts.engine.queue {
+                if let Some(queue) = &mut ring.queue {
                     queue.set_memory(Arc::clone(&memory));
                 }
                 self.parts.engine.memory = memory;
                 let _ = reply.send(());
             }
-            Command::Exit => self.is_exiting = true,
+            Command::Exit => self.parts.engine.is_exiting = true,
         }
     }
 
-    fn start(&mut self, ring: RingConfig) -> Result<(), WorkerError> {
-        let index = self.index;
-        if self.parts.engine.queue.is_some() {
+    fn start(&mut self, slot: usize, config: RingConfig) -> Result<(), WorkerError> {
+        let Some(ring) = self.ring(slot) else {
+            return Err(WorkerError::Gone { queue: 0 });
+        };
+        let index = ring.index;
+        if ring.queue.is_some() {
             return Err(WorkerError::Running { queue: index });
         }
-        let layout = ring.layout();
-        let memory = Arc::clone(&ring.memory);
-        let has_inflight = ring.inflight.is_some();
-        let (queue, recovery) =
-            Virtqueue::new(layout, ring.base, ring.features, ring.memory, ring.inflight).map_err(
-                |source| WorkerError::Ring {
-                    queue: index,
-                    source,
-                },
-            )?;
+        let layout = config.layout();
+        let memory = Arc::clone(&config.memory);
+        let has_inflight = config.inflight.is_some();
+        let (queue, recovery) = Virtqueue::new(
+            layout,
+            config.base,
+            config.features,
+            config.memory,
+            config.inflight,
+        )
+        .map_err(|source| WorkerError::Ring {
+            queue: index,
+            source,
+        })?;
         if recovery.was_stale {
             tracing::warn!(
                 queue = index,
@@ -430,27 +608,23 @@ impl<H: QueueHandler> Rounds<H> {
                 "taking up chains of an earlier process"
             );
         }
-        self.parts.engine.queue = Some(queue);
-        self.parts.engine.memory = memory;
-        self.has_logged_fault = false;
-        self.has_logged_malformed = false;
-        self.is_enabled = ring.enabled;
-        self.call = ring.call.map(Call::new);
+        ring.queue = Some(queue);
+        ring.has_logged_fault = false;
+        ring.has_logged_malformed = false;
+        ring.is_starved = false;
+        ring.is_enabled = config.enabled;
+        ring.call = config.call.map(Call::new);
         if has_inflight {
             // A killed process may have returned chains and died before it said so.
-            self.signal_call();
+            ring.signal_call();
         }
-        self.disarm_kick();
-        self.kick.fd = ring.kick;
-        self.arm_kick();
+        self.parts.engine.memory = memory;
+        self.disarm_kick(slot);
+        if let Some(ring) = self.ring(slot) {
+            ring.kick.fd = config.kick;
+        }
+        self.arm_kick(slot);
         Ok(())
-    }
-
-    fn signal_call(&self) {
-        if let Some(call) = &self.call {
-            self.parts.engine.stats.notifications.inc();
-            call.signal();
-        }
     }
 
     /// Calls the handler if somebody woke it or its deadline has passed.
@@ -463,109 +637,85 @@ impl<H: QueueHandler> Rounds<H> {
         }
     }
 
-    fn is_popping(&self) -> bool {
-        self.parts.engine.queue.is_some()
-            && self.is_enabled
-            && self.stopping.is_none()
-            && !self.is_exiting
-    }
-
     /// Hands a batch of chains to the handler. Whether there may be more.
-    fn pop(&mut self) -> bool {
-        if !self.is_popping() {
-            return false;
-        }
+    fn pop(&mut self, slot: usize) -> bool {
         let Parts { engine, handler } = &mut *self.parts;
+        let is_exiting = engine.is_exiting;
+        engine.current = slot;
         let mut popped = 0;
         let mut malformed = None;
         while popped < POP_BATCH {
-            let Some(queue) = &mut engine.queue else {
+            let Some(ring) = engine.rings.get_mut(slot) else {
+                return false;
+            };
+            if !ring.is_popping() || ring.is_pulled || is_exiting {
+                return false;
+            }
+            let Some(queue) = &mut ring.queue else {
                 break;
             };
             match queue.pop() {
                 None => break,
-                Some(Popped::Chain(chain)) => {
+                Some(Popped::Chain(mut chain)) => {
+                    chain.token.slot = slot as u16;
                     handler.request(chain, &mut QueueIo { engine });
+                    engine.current = slot;
                 }
                 Some(Popped::Malformed(token, fault)) => {
                     queue.add_used(token, 0);
-                    engine.stats.malformed_chains.inc();
+                    ring.stats.malformed_chains.inc();
                     malformed = Some(fault);
                 }
             }
             popped += 1;
         }
         if popped > 0 {
-            engine.stats.requests.add(popped);
-            if let Some(queue) = &mut engine.queue {
-                queue.disable_kicks();
+            if let Some(ring) = engine.rings.get_mut(slot) {
+                ring.stats.requests.add(popped);
+                if let Some(queue) = &mut ring.queue {
+                    queue.disable_kicks();
+                }
+                if let Some(fault) = malformed {
+                    ring.malformed(fault);
+                }
             }
             handler.batch_end(&mut QueueIo { engine });
-        }
-        if let Some(fault) = malformed
-            && !std::mem::replace(&mut self.has_logged_malformed, true)
-        {
-            tracing::warn!(
-                queue = self.index,
-                %fault,
-                "the guest sent a malformed descriptor chain; further ones are only counted"
-            );
         }
         popped == POP_BATCH
     }
 
-    /// Shows the guest what was completed in this round.
-    fn publish(&mut self) {
-        let Some(queue) = &mut self.parts.engine.queue else {
+    /// Ends the ring once nothing of it is held.
+    fn finish_stop(&mut self, slot: usize) {
+        let Parts { engine, handler } = &mut *self.parts;
+        let is_exiting = engine.is_exiting;
+        let Some(ring) = engine.rings.get_mut(slot) else {
             return;
         };
-        let completed = u64::from(queue.unpublished());
-        let fault = queue.fault();
-        if completed > 0 {
-            let wants_call = queue.publish();
-            self.parts.engine.stats.completions.add(completed);
-            if wants_call {
-                self.signal_call();
-            }
-        }
-        if let Some(fault) = fault
-            && !std::mem::replace(&mut self.has_logged_fault, true)
-        {
-            tracing::error!(
-                queue = self.index,
-                %fault,
-                "the guest broke its ring: the queue is given up until it is started again"
-            );
-            self.parts.engine.stats.broken.inc();
-            if let Some(err) = &self.err {
-                let _ = rustix::io::write(err, &1u64.to_ne_bytes());
-            }
-        }
-    }
-
-    /// Ends the ring once nothing of it is held.
-    fn finish_stop(&mut self) {
-        let is_wanted = self.stopping.is_some() || self.is_exiting;
-        if !is_wanted || self.parts.handler.chains_held() > 0 {
+        let is_wanted = ring.stopping.is_some() || is_exiting;
+        if !is_wanted || handler.chains_held() > 0 {
             return;
         }
-        let Some(queue) = self.parts.engine.queue.take() else {
+        let Some(queue) = ring.queue.take() else {
             return;
         };
         if queue.out_count() > 0 {
             let chains = queue.out_count();
-            tracing::error!(queue = self.index, chains, "chains were lost by the card");
+            tracing::error!(queue = ring.index, chains, "chains were lost by the card");
         }
-        self.disarm_kick();
-        self.kick.fd = None;
-        if let Some(reply) = self.stopping.take() {
+        let reply = ring.stopping.take();
+        self.disarm_kick(slot);
+        if let Some(ring) = self.ring(slot) {
+            ring.kick.fd = None;
+        }
+        if let Some(reply) = reply {
             let _ = reply.send(Ok(queue.next_avail()));
         }
     }
 
     /// Whether everything is over.
     fn finish_exit(&mut self) -> bool {
-        if !self.is_exiting || self.parts.engine.queue.is_some() {
+        let engine = &self.parts.engine;
+        if !engine.is_exiting || engine.rings.iter().any(|ring| ring.queue.is_some()) {
             return false;
         }
         if !std::mem::replace(&mut self.has_shut_down, true) {
@@ -579,22 +729,41 @@ impl<H: QueueHandler> Rounds<H> {
     }
 
     /// Submits, and sleeps if there is nothing to do.
-    fn rest(&mut self, has_more: bool) -> io::Result<()> {
-        let is_popping = self.is_popping();
-        let has_more = has_more || self.parts.handler.has_more();
-        if !has_more && self.look(is_popping)? {
+    fn rest(&mut self, mut has_more: bool) -> io::Result<()> {
+        has_more |= self.parts.handler.has_more();
+        if !has_more && self.look()? {
             return self.parts.engine.uring.submit();
         }
         let Parts { engine, handler } = &mut *self.parts;
-        let has_more =
-            has_more || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::enable_kicks);
+        let mut looks_soon = false;
+        if !engine.is_exiting && !has_more {
+            for ring in &mut engine.rings {
+                if !ring.is_popping() {
+                    continue;
+                }
+                looks_soon |= !ring.kick.is_armed;
+                if ring.is_pulled && !ring.is_starved {
+                    continue;
+                }
+                let enable = if ring.is_pulled {
+                    Virtqueue::enable_kicks_for_more
+                } else {
+                    Virtqueue::enable_kicks
+                };
+                let has_new = ring.queue.as_mut().is_some_and(enable);
+                if has_new {
+                    ring.is_starved = false;
+                }
+                has_more |= has_new;
+            }
+        }
         if has_more {
             return engine.uring.submit();
         }
         let mut timeout = handler
             .deadline()
             .map(|at| at.saturating_duration_since(Instant::now()));
-        if is_popping && !self.kick.is_armed {
+        if looks_soon {
             let interval = timeout.map_or(NO_KICK_INTERVAL, |t| t.min(NO_KICK_INTERVAL));
             timeout = Some(interval);
         }
@@ -603,7 +772,7 @@ impl<H: QueueHandler> Rounds<H> {
 
     /// Before sleeping: looks for a while if events have been coming quickly. Whether there is
     /// something to do.
-    fn look(&mut self, is_popping: bool) -> io::Result<bool> {
+    fn look(&mut self) -> io::Result<bool> {
         let Parts { engine, .. } = &mut *self.parts;
         let wait = match engine.pending {
             0 => Wait::Guest,
@@ -615,8 +784,13 @@ impl<H: QueueHandler> Rounds<H> {
         engine.uring.submit()?;
         loop {
             // A doorbell, too, is a completion.
+            let has_chain = |ring: &mut Ring| {
+                ring.is_popping()
+                    && !ring.is_pulled
+                    && ring.queue.as_mut().is_some_and(Virtqueue::has_next)
+            };
             if engine.uring.has_news()
-                || is_popping && engine.queue.as_mut().is_some_and(Virtqueue::has_next)
+                || !engine.is_exiting && engine.rings.iter_mut().any(has_chain)
             {
                 return Ok(true);
             }

@@ -1,0 +1,346 @@
+//! A stock guest's network on the card: QEMU, Debian's kernel and its virtio_net, busybox's clients.
+//!
+//! The servers are this test's, on the host's loopback, which the guest reaches where the card maps
+//! it. No privilege is needed and nothing leaves the machine.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use host_shim::guest::{self, Initrd};
+use offload_tests::binaries::binary;
+use tempfile::TempDir;
+
+/// Far more than is needed: machines that run tests are slow and shared.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// What udhcpc calls.
+const LEASE: &str = r#"#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr add "$ip/$mask" dev "$interface"
+ip route add default via "$router"
+echo "lease $ip/$mask router $router dns $dns mtu $mtu hostname $hostname"
+"#;
+
+const AGENT: &str = r#"
+dmesg -n 1
+stty -echo -opost
+ip link set lo up
+ip link set eth0 up
+echo '@@ready'
+while read -r number line; do
+    eval "$line" </dev/null 2>&1
+    echo "@@$number $?"
+done
+"#;
+
+struct Card {
+    child: Child,
+    socket: PathBuf,
+    more: Vec<String>,
+}
+
+impl Card {
+    fn start(socket: &Path, more: &[&str]) -> Self {
+        let more: Vec<String> = more.iter().map(|&arg| arg.to_owned()).collect();
+        Self {
+            child: Self::spawn(socket, &more),
+            socket: socket.to_owned(),
+            more,
+        }
+    }
+
+    fn spawn(socket: &Path, more: &[String]) -> Child {
+        let child = Command::new(binary("vhost-net"))
+            .args(["serve", "--socket-path"])
+            .arg(socket)
+            .args(["--seccomp", "kill", "--hostname", "guest7"])
+            .args(["--map-host-loopback", "10.0.2.2"])
+            .args(more)
+            .spawn()
+            .expect("the card starts");
+        let end = Instant::now() + PATIENCE;
+        while !socket.exists() {
+            assert!(Instant::now() < end, "the card does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        child
+    }
+
+    /// Dies without a word, and another one takes its place.
+    fn kill_and_restart(&mut self) {
+        self.child.kill().expect("it lives");
+        self.child.wait().expect("it dies");
+        let _ = std::fs::remove_file(&self.socket);
+        self.child = Self::spawn(&self.socket, &self.more);
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Guest {
+    qemu: Child,
+    keyboard: ChildStdin,
+    lines: Receiver<String>,
+    commands: u32,
+}
+
+impl Guest {
+    fn boot(dir: &Path, socket: &Path) -> Self {
+        let kernel = guest::kernel(&guest::cache_dir()).expect("Debian's cloud kernel");
+        let initrd = Initrd {
+            modules: &["virtio_pci", "virtio_net", "af_packet", "ipv6"],
+            programs: &[],
+            files: &[("/lease", LEASE.as_bytes())],
+            script: AGENT,
+        };
+        let initrd_path = dir.join("initrd");
+        let archive = initrd.build(&kernel).expect("a RAM disk");
+        std::fs::write(&initrd_path, archive).expect("room");
+        let chardev = format!("socket,id=card,path={},reconnect=1", socket.display());
+        let cmdline = format!("{} net.ifnames=0", guest::CMDLINE);
+        let mut qemu = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-machine", "q35,usb=off,vmport=off,memory-backend=mem"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-m", "256M"])
+            .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
+            .arg("-kernel")
+            .arg(&kernel.image)
+            .arg("-initrd")
+            .arg(&initrd_path)
+            .args([
+                "-append", &cmdline, "-serial", "stdio", "-chardev", &chardev,
+            ])
+            .args(["-netdev", "vhost-user,id=net0,chardev=card"])
+            .args(["-device", "virtio-net-pci,netdev=net0,host_mtu=9001"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("QEMU starts");
+        let (sender, lines) = channel();
+        let console = BufReader::new(qemu.stdout.take().expect("piped"));
+        std::thread::spawn(move || {
+            for line in console.split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut guest = Self {
+            keyboard: qemu.stdin.take().expect("piped"),
+            qemu,
+            lines,
+            commands: 0,
+        };
+        guest.until("@@ready");
+        guest
+    }
+
+    /// Lines up to one that has `mark`, and that one.
+    fn until(&mut self, mark: &str) -> (Vec<String>, String) {
+        let mut seen = Vec::new();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) if line.contains(mark) => return (seen, line),
+                Ok(line) => seen.push(line),
+                Err(error) => panic!("no `{mark}` ({error}):\n{}", seen.join("\n")),
+            }
+        }
+    }
+
+    fn run(&mut self, command: &str) -> (String, i32) {
+        self.type_command(command);
+        self.answer()
+    }
+
+    fn type_command(&mut self, command: &str) {
+        self.commands += 1;
+        writeln!(self.keyboard, "{} {command}", self.commands).expect("QEMU lives");
+    }
+
+    fn answer(&mut self) -> (String, i32) {
+        let mark = format!("@@{} ", self.commands);
+        let (seen, line) = self.until(&mark);
+        let status = line.rsplit(' ').next().and_then(|text| text.parse().ok());
+        (seen.join("\n"), status.unwrap_or(-1))
+    }
+
+    fn ok(&mut self, command: &str) -> String {
+        let (printed, status) = self.run(command);
+        assert_eq!(status, 0, "`{command}`: {printed}");
+        printed
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+fn listen() -> (TcpListener, u16) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    (listener, port)
+}
+
+/// Answers HTTP requests with `body`, and takes what is posted.
+fn web(body: Vec<u8>) -> u16 {
+    let (listener, port) = listen();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let mut reader = BufReader::new(stream);
+            let mut line = String::new();
+            while reader.read_line(&mut line).is_ok_and(|n| n > 2) {
+                line.clear();
+            }
+            let mut stream = reader.into_inner();
+            let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(&body);
+        }
+    });
+    port
+}
+
+fn echo_udp() -> u16 {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = socket.local_addr().expect("bound").port();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 65536];
+        while let Ok((len, peer)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(&buffer[..len], peer);
+        }
+    });
+    port
+}
+
+fn free_port() -> u16 {
+    listen().1
+}
+
+#[test]
+fn a_stock_guest_has_a_network_with_nothing_configured_on_the_host() {
+    let dir = TempDir::new().expect("a folder");
+    let socket = dir.path().join("net.sock");
+    let forwarded = free_port();
+    let mut card = Card::start(&socket, &["--publish", &format!("{forwarded}:7777")]);
+    let mut guest = Guest::boot(dir.path(), &socket);
+
+    let lease = guest.ok("udhcpc -i eth0 -n -q -s /lease -O mtu -O hostname");
+    assert!(
+        lease.contains("lease 10.0.2.15/24 router 10.0.2.2"),
+        "{lease}"
+    );
+    assert!(lease.contains("hostname guest7"), "{lease}");
+    let link = guest.ok("ip link show eth0");
+    assert!(link.contains("mtu 9001"), "{link}");
+    guest.ok("ping -c 2 -W 5 10.0.2.2");
+
+    // Down: whole, and in the size that super-segments have.
+    let body: Vec<u8> = (0..20_000_000_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    let sum = md5_of(&body);
+    let web_port = web(body);
+    let got = guest.ok(&format!(
+        "wget -q -O - http://10.0.2.2:{web_port}/ | md5sum"
+    ));
+    assert!(got.contains(&sum), "{got}, not {sum}");
+
+    // Up.
+    let (sink, sink_port) = listen();
+    let taken = std::thread::spawn(move || {
+        let mut stream = sink.accept().expect("a connection").0;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).expect("to the end");
+        bytes
+    });
+    guest.ok(&format!(
+        "dd if=/dev/zero bs=1M count=10 2>/dev/null | nc 10.0.2.2 {sink_port}"
+    ));
+    let bytes = taken.join().expect("the sink");
+    assert_eq!(bytes.len(), 10 << 20);
+
+    // A port where nobody listens refuses, at once.
+    let closed = free_port();
+    let (printed, status) = guest.run(&format!("wget -O - http://10.0.2.2:{closed}/"));
+    assert!(status != 0 && printed.contains("refused"), "{printed}");
+
+    // Datagrams.
+    let udp_port = echo_udp();
+    let echoed = guest.ok(&format!(
+        "(echo hello over udp; sleep 1) | timeout 3 nc -u 10.0.2.2 {udp_port}; true"
+    ));
+    assert!(echoed.contains("hello over udp"), "{echoed}");
+
+    // From outside, and back.
+    guest.ok("nc -l -p 7777 -e cat >/dev/null 2>&1 & sleep 1");
+    let mut client = connect(forwarded);
+    client.write_all(b"through the card").expect("it takes");
+    client.shutdown(std::net::Shutdown::Write).expect("open");
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).expect("to the end");
+    assert_eq!(answer, "through the card");
+
+    // Another card: open connections are reset, addresses are the same, new ones work.
+    let (holder, holder_port) = listen();
+    guest.ok(&format!(
+        "(while true; do echo still here; sleep 1; done | nc 10.0.2.2 {holder_port} >/dev/null 2>&1; \
+         echo over > /tmp/over) & true"
+    ));
+    let mut held = holder.accept().expect("a connection").0;
+    held.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    card.kill_and_restart();
+    let mut rest = Vec::new();
+    // An end or a reset, not silence.
+    match held.read_to_end(&mut rest) {
+        Ok(_) => {}
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+    }
+    guest
+        .ok("n=0; while [ ! -e /tmp/over ]; do n=$((n+1)); [ $n -lt 60 ] || exit 1; sleep 1; done");
+    let again = guest.ok(&format!(
+        "wget -q -O - http://10.0.2.2:{web_port}/ | md5sum"
+    ));
+    assert!(again.contains(&sum), "{again}");
+}
+
+fn connect(port: u16) -> TcpStream {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let stream = TcpStream::connect_timeout(&address, PATIENCE).expect("the published port");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    stream
+}
+
+fn md5_of(bytes: &[u8]) -> String {
+    let mut child = Command::new("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("md5sum");
+    child
+        .stdin
+        .take()
+        .expect("piped")
+        .write_all(bytes)
+        .expect("it reads");
+    let output = child.wait_with_output().expect("it ends").stdout;
+    String::from_utf8_lossy(&output)
+        .split(' ')
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}

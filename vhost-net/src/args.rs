@@ -1,0 +1,238 @@
+//! The command line.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use offload::cli::SocketArgs;
+use offload::sandbox::{Seccomp, User};
+use offload::telemetry::LogArgs;
+use smoltcp::wire::EthernetAddress;
+
+use crate::host::publish::Rule;
+use crate::spec::{Ipv4, Ipv6, MTU_MAX, MTU_MIN, Spec};
+
+/// Most queue pairs.
+const PAIRS_MAX: u16 = 1;
+
+/// A virtual machine's network, served over vhost-user without any privilege.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-net", version, max_term_width = 100)]
+pub struct Cli {
+    /// How much to say.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a network interface to a virtual machine
+    Serve(Box<ServeArgs>),
+}
+
+/// `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where frontends come from.
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    /// The interface.
+    #[command(flatten)]
+    pub interface: InterfaceArgs,
+    /// Queue pairs, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(PAIRS_MAX)))]
+    pub queue_pairs: u16,
+    /// Most flows at once; a full table refuses new ones
+    #[arg(long, value_name = "N", default_value_t = 8192,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub flows: u32,
+    /// Lead a port of the host into the guest: [ADDRESS:]HOSTPORT:GUESTPORT[/udp]; without an
+    /// address on the host's loopback. May be given more than once
+    #[arg(long, value_name = "RULE")]
+    pub publish: Vec<Rule>,
+    /// Let the guest reach the host's loopback at this address, like 10.0.2.2. May be given more
+    /// than once; off if left out
+    #[arg(long, value_name = "ADDRESS")]
+    pub map_host_loopback: Vec<IpAddr>,
+    /// Answer questions about the running card on this socket (JSON lines)
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+    /// Become this user (UID or UID:GID, numbers) once all sockets are open
+    #[arg(long, value_name = "USER", value_parser = user)]
+    pub user: Option<User>,
+    /// What happens at a system call that the card is not known to need
+    #[arg(long, value_enum, value_name = "MODE", default_value = "enforce")]
+    pub seccomp: Seccomp,
+}
+
+/// What the interface is.
+#[derive(Clone, Debug, Args)]
+pub struct InterfaceArgs {
+    /// The guest's hardware address, as the frontend has it
+    #[arg(long, value_name = "MAC", default_value = "52:54:00:12:34:56", value_parser = mac)]
+    pub mac: EthernetAddress,
+    /// The guest's IPv4 address and its network's prefix
+    #[arg(long, value_name = "ADDRESS/LEN", default_value = "10.0.2.15/24", value_parser = network)]
+    pub ipv4: (Ipv4Addr, u8),
+    /// The card's IPv4 address, as router and DHCP server; the network's second if left out
+    #[arg(long, value_name = "ADDRESS")]
+    pub gateway: Option<Ipv4Addr>,
+    /// The card's IPv4 address as name server; the network's third if left out
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns: Option<Ipv4Addr>,
+    /// The network's IPv6 prefix, 64 bits long; the guest gets its address ::15
+    #[arg(long, value_name = "PREFIX", default_value = "fd00:0:0:2::")]
+    pub ipv6_prefix: Ipv6Addr,
+    /// No IPv6
+    #[arg(long)]
+    pub no_ipv6: bool,
+    /// Bytes of an IP packet on the wire between guest and card
+    #[arg(long, value_name = "BYTES", default_value_t = 9001,
+        value_parser = clap::value_parser!(u16).range(i64::from(MTU_MIN)..=i64::from(MTU_MAX)))]
+    pub mtu: u16,
+    /// What the guest is called, in DHCP
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub hostname: Option<String>,
+    /// Search domain, in DHCP
+    #[arg(long, value_name = "DOMAIN", value_parser = name)]
+    pub domain: Option<String>,
+    /// Name server that the guest's questions go to; those of /etc/resolv.conf if left out
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns_upstream: Vec<IpAddr>,
+}
+
+impl InterfaceArgs {
+    /// The interface; `resolvers` are asked if no others are named.
+    #[must_use]
+    pub fn spec(&self, resolvers: Vec<IpAddr>) -> Spec {
+        let (address, prefix_len) = self.ipv4;
+        let shift = 32_u32.saturating_sub(u32::from(prefix_len));
+        let mask = u32::MAX.checked_shl(shift).unwrap_or(0);
+        let nth = |n: u32| Ipv4Addr::from_bits((address.to_bits() & mask) + n);
+        let prefix = self.ipv6_prefix.to_bits() & !u128::from(u64::MAX);
+        let [.., a, b, c] = self.mac.0;
+        Spec {
+            mac: self.mac,
+            // Of the range that is given out locally, and never the guest's own.
+            gateway_mac: EthernetAddress([0x0e, 0x0f, 0xf1, a, b, c]),
+            v4: Some(Ipv4 {
+                address,
+                prefix_len,
+                gateway: self.gateway.unwrap_or(nth(2)),
+                dns: self.dns.unwrap_or(nth(3)),
+            }),
+            v6: (!self.no_ipv6).then(|| Ipv6 {
+                address: Ipv6Addr::from_bits(prefix | 0x15),
+                prefix: Ipv6Addr::from_bits(prefix),
+                gateway: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2),
+                dns: Ipv6Addr::from_bits(prefix | 3),
+            }),
+            mtu: self.mtu,
+            hostname: self.hostname.clone(),
+            domain: self.domain.clone(),
+            upstream_dns: if self.dns_upstream.is_empty() {
+                resolvers
+            } else {
+                self.dns_upstream.clone()
+            },
+        }
+    }
+}
+
+fn mac(text: &str) -> Result<EthernetAddress, String> {
+    let mac: Option<EthernetAddress> = text.parse().ok();
+    mac.filter(EthernetAddress::is_unicast).ok_or_else(|| {
+        "a hardware address is like 52:54:00:12:34:56, and of one machine".to_owned()
+    })
+}
+
+fn network(text: &str) -> Result<(Ipv4Addr, u8), String> {
+    let parsed = text.split_once('/').and_then(|(address, len)| {
+        let len = len.parse().ok().filter(|len| (8..=30).contains(len))?;
+        Some((address.parse().ok()?, len))
+    });
+    parsed.ok_or_else(|| "an address with its prefix is like 10.0.2.15/24".to_owned())
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if text.len() <= 253 && text.split('.').all(is_label) {
+        Ok(text.to_owned())
+    } else {
+        Err("a name is made of labels of letters, digits and dashes".to_owned())
+    }
+}
+
+fn user(text: &str) -> Result<User, String> {
+    let wrong = || "a user is UID or UID:GID in numbers, like 1000:1000".to_owned();
+    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
+    let (uid, gid) = text.split_once(':').unwrap_or((text, text));
+    Ok(User {
+        uid: number(uid)?,
+        gid: number(gid)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &str) -> Result<Cli, String> {
+        Cli::try_parse_from(std::iter::once("vhost-net").chain(args.split_whitespace()))
+            .map_err(|error| error.to_string())
+    }
+
+    fn spec(args: &str) -> Spec {
+        let Command::Serve(serve) = parse(&format!("serve --fd 3 {args}")).unwrap().command;
+        serve.interface.spec(Vec::new())
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn without_options_the_network_is_the_one_that_guests_of_qemu_know() {
+        let own = spec("");
+        let usual = Spec::default();
+        assert_eq!((own.v4, own.v6, own.mac), (usual.v4, usual.v6, usual.mac));
+    }
+
+    #[test]
+    fn gateway_and_name_server_follow_the_network() {
+        let v4 = spec("--ipv4 192.168.7.200/25").v4.unwrap();
+        assert_eq!(v4.gateway, Ipv4Addr::new(192, 168, 7, 130));
+        assert_eq!(v4.dns, Ipv4Addr::new(192, 168, 7, 131));
+        assert!(spec("--no-ipv6").v6.is_none());
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_a_hint() {
+        for (wrong, hint) in [
+            ("--mac 01:00:5e:00:00:01", "52:54"),
+            ("--ipv4 10.0.2.15", "/24"),
+            ("--ipv4 10.0.2.15/31", "/24"),
+            ("--mtu 1000", "1280"),
+            ("--hostname a_b", "labels"),
+            ("--publish 80", "GUESTPORT"),
+            ("--user root", "numbers"),
+        ] {
+            let error = parse(&format!("serve --fd 3 {wrong}")).unwrap_err();
+            assert!(error.contains(hint), "{wrong}: {error}");
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! A queue pair's share of the card: services, policy and stack in the order in which a packet
+//! meets them, and the counters of what was wrong with it. No I/O.
+//!
+//! Frames of the guest's: parse, then services (ARP and DHCP come before any policy), then policy,
+//! then the stack. Frames to the guest are the stack's and need no parsing.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use offload::telemetry::{Counter, Registry};
+
+use crate::frame::header::NetHeader;
+use crate::frame::{Frame, Malformed, Net, TCP, Transport, UDP};
+use crate::local::{Direction, FlowKey, Meta, Outbox, Verdict};
+use crate::spec::Spec;
+use crate::stack::{Host, Locals, Stack, Stats, Wire};
+
+/// What the card counts, over all queue pairs.
+#[derive(Debug, Default)]
+pub struct CardStats {
+    /// What the engine counts.
+    pub stack: Arc<Stats>,
+    malformed: [Arc<Counter>; Malformed::ALL.len()],
+    /// Frames from a hardware or IP address that is not the guest's.
+    pub spoofed: Arc<Counter>,
+    /// Packets that policy refused.
+    pub denied: Arc<Counter>,
+    /// Frames for nobody here: other EtherTypes.
+    pub ignored: Arc<Counter>,
+    /// Frames to the guest that were dropped for want of room.
+    pub overruns: Arc<Counter>,
+}
+
+impl CardStats {
+    /// Counts a malformed frame.
+    pub fn malformed(&self, what: Malformed) {
+        if let Some(counter) = self.malformed.get(what as usize) {
+            counter.inc();
+        }
+    }
+
+    /// Malformed frames of a kind.
+    #[must_use]
+    pub fn malformed_count(&self, what: Malformed) -> u64 {
+        self.malformed
+            .get(what as usize)
+            .map_or(0, |counter| counter.get())
+    }
+
+    /// Shows all of them.
+    pub fn register(&self, registry: &Registry) {
+        for (kind, counter) in Malformed::ALL.iter().zip(&self.malformed) {
+            registry.counter(
+                "malformed_frames",
+                "Frames of the guest's that were dropped because they are broken",
+                vec![("kind", kind.name().to_owned())],
+                Arc::clone(counter),
+            );
+        }
+        for (name, help, counter) in [
+            (
+                "spoofed_frames",
+                "Frames from an address that is not the guest's",
+                &self.spoofed,
+            ),
+            (
+                "denied_packets",
+                "Packets that the security groups refused",
+                &self.denied,
+            ),
+            (
+                "ignored_frames",
+                "Frames of protocols that the card does not speak",
+                &self.ignored,
+            ),
+            (
+                "overruns",
+                "Frames to the guest dropped for want of buffers",
+                &self.overruns,
+            ),
+        ] {
+            registry.counter(name, help, Vec::new(), Arc::clone(counter));
+        }
+        type Read = fn(&Stats) -> &Counter;
+        let stack: [(&'static str, &'static str, Read); 10] = [
+            ("tcp_flows_opened", "TCP flows opened", |s| &s.tcp_opened),
+            ("udp_flows_opened", "UDP flows opened", |s| &s.udp_opened),
+            ("ping_flows_opened", "Echo flows opened", |s| &s.ping_opened),
+            ("flows_closed", "Flows closed", |s| &s.closed),
+            (
+                "flow_table_full",
+                "Flows refused because the table was full",
+                |s| &s.table_full,
+            ),
+            (
+                "connects_failed",
+                "Connections that the host could not make",
+                |s| &s.connect_failed,
+            ),
+            (
+                "datagrams_dropped",
+                "Datagrams that the host did not take",
+                |s| &s.datagrams_dropped,
+            ),
+            (
+                "unroutable_packets",
+                "Packets to where the guest may not send",
+                |s| &s.unroutable,
+            ),
+            (
+                "unsupported_packets",
+                "Fragments and protocols not carried",
+                |s| &s.unsupported,
+            ),
+            (
+                "pings_forbidden",
+                "Echo requests without a socket (ping_group_range)",
+                |s| &s.ping_forbidden,
+            ),
+        ];
+        for (name, help, read) in stack {
+            let stats = Arc::clone(&self.stack);
+            registry.gauge(name, help, Vec::new(), move || read(&stats).get());
+        }
+    }
+}
+
+/// The card's own services and its policy, as the data path calls them.
+pub trait Local: Locals {
+    /// A frame of the guest's, before anything else.
+    fn frame(&mut self, frame: &Frame<'_>, now: Instant, out: &mut Outbox) -> Verdict;
+
+    /// Whether a packet may pass.
+    fn allows(&mut self, direction: Direction, meta: &Meta, now: Instant) -> bool;
+
+    /// What is due by now.
+    fn poll(&mut self, now: Instant, out: &mut Outbox);
+
+    /// When [`Self::poll`] is to be called.
+    fn deadline(&self) -> Option<Instant>;
+}
+
+/// See the module.
+pub struct Card<L> {
+    spec: Arc<Spec>,
+    stats: Arc<CardStats>,
+    /// The engine.
+    pub stack: Stack,
+    /// Services and policy.
+    pub local: L,
+    outbox: Outbox,
+}
+
+impl<L> std::fmt::Debug for Card<L> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Card")
+            .field("stack", &self.stack)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<L: Local> Card<L> {
+    /// Puts the parts together.
+    pub fn new(spec: Arc<Spec>, stats: Arc<CardStats>, stack: Stack, local: L) -> Self {
+        Self {
+            spec,
+            stats,
+            stack,
+            local,
+            outbox: Outbox::default(),
+        }
+    }
+
+    /// Takes a frame of the guest's: `bytes` are what follows the virtio-net header.
+    pub fn from_guest<W: Wire, H: Host>(
+        &mut self,
+        header: &NetHeader,
+        bytes: &[u8],
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+    ) {
+        let frame = match Frame::parse(bytes, header) {
+            Ok(frame) => frame,
+            Err(what) => {
+                self.stats.malformed(what);
+                return;
+            }
+        };
+        if frame.source != self.spec.mac {
+            self.stats.spoofed.inc();
+            return;
+        }
+        if self.local.frame(&frame, now, &mut self.outbox) == Verdict::Handled {
+            self.flush(wire);
+            return;
+        }
+        let Net::Ip(packet) = &frame.net else {
+            self.stats.ignored.inc();
+            return;
+        };
+        if !self.spec.is_guest(packet.source) {
+            self.stats.spoofed.inc();
+            return;
+        }
+        if let Some(meta) = meta(&frame)
+            && !self.local.allows(Direction::Out, &meta, now)
+        {
+            self.stats.denied.inc();
+            return;
+        }
+        let (stack, local) = (&mut self.stack, &mut self.local);
+        stack.from_guest(&frame, now, wire, host, local);
+    }
+
+    /// A connection to a published port: see [`Stack::accept`]. `None`: it is to be closed.
+    pub fn accept(&mut self, peer: SocketAddr, guest_port: u16, now: Instant) -> Option<usize> {
+        let guest = self.stack.guest_address(peer.ip())?;
+        if !self.admits(TCP, peer, (guest, guest_port).into(), 2, now) {
+            return None;
+        }
+        self.stack.accept(peer, guest_port, now)
+    }
+
+    /// A datagram to a published port: see [`Stack::datagram_in`].
+    #[allow(clippy::too_many_arguments)] // one call, one place
+    pub fn datagram_in<W: Wire, H: Host>(
+        &mut self,
+        published: usize,
+        peer: SocketAddr,
+        guest_port: u16,
+        payload: &[u8],
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+    ) {
+        let Some(guest) = self.stack.guest_address(peer.ip()) else {
+            return;
+        };
+        if self.admits(UDP, peer, (guest, guest_port).into(), 0, now) {
+            let stack = &mut self.stack;
+            stack.datagram_in(published, peer, guest_port, payload, now, wire, host);
+        }
+    }
+
+    /// Whether policy lets a peer begin to talk to the guest.
+    fn admits(
+        &mut self,
+        protocol: u8,
+        peer: SocketAddr,
+        guest: SocketAddr,
+        tcp_flags: u8,
+        now: Instant,
+    ) -> bool {
+        let meta = Meta {
+            key: FlowKey {
+                protocol,
+                guest,
+                peer,
+            },
+            bytes: 40,
+            packets: 1,
+            tcp_flags,
+            icmp: (0, 0),
+        };
+        let admits = self.local.allows(Direction::In, &meta, now);
+        if !admits {
+            self.stats.denied.inc();
+        }
+        admits
+    }
+
+    fn flush<W: Wire>(&mut self, wire: &mut W) {
+        for frame in self.outbox.frames.drain(..) {
+            wire.send(NetHeader::default(), &frame);
+        }
+    }
+
+    /// Does what is due, and gives flows their turns.
+    pub fn run<W: Wire, H: Host>(&mut self, now: Instant, wire: &mut W, host: &mut H) {
+        if self.local.deadline().is_some_and(|at| at <= now) {
+            self.local.poll(now, &mut self.outbox);
+            self.flush(wire);
+        }
+        self.stack.run(now, wire, host);
+    }
+
+    /// When [`Self::run`] is to be called at the latest.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let ends = [self.stack.deadline(), self.local.deadline()];
+        ends.into_iter().flatten().min()
+    }
+}
+
+/// What policy has to know of a packet from the guest. `None`: it belongs to no flow.
+fn meta(frame: &Frame<'_>) -> Option<Meta> {
+    let Net::Ip(packet) = &frame.net else {
+        return None;
+    };
+    let (source, destination) = packet.ports()?;
+    let (tcp_flags, icmp) = match packet.transport {
+        Transport::Tcp { flags, .. } => (flags, (0, 0)),
+        Transport::Icmp { kind, code, .. } => (0, (kind, code)),
+        _ => (0, (0, 0)),
+    };
+    Some(Meta {
+        key: FlowKey::new(
+            Direction::Out,
+            packet.protocol,
+            (packet.source, source),
+            (packet.destination, destination),
+        ),
+        bytes: u32::try_from(packet.end - packet.start).unwrap_or(u32::MAX),
+        packets: frame.packet_count(),
+        tcp_flags,
+        icmp,
+    })
+}

@@ -1,0 +1,150 @@
+//! `serve`: the card.
+//!
+//! In this order, because each step needs what a later one takes away: sockets and published ports,
+//! then the sandbox, then threads and frontends.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use offload::cli::Listener;
+use offload::control::ControlServer;
+use offload::sandbox::Sandbox;
+use offload::stop::StopSignal;
+use offload::telemetry::Registry;
+use offload::vhost_user::Backend;
+use serde_json::json;
+
+use crate::args::ServeArgs;
+use crate::device::NetDevice;
+use crate::host::publish::Published;
+use crate::stack::Settings;
+
+const NAME: &str = "vhost-net";
+/// Descriptors that are not flows': queues, memory, logs.
+const SPARE_DESCRIPTORS: u64 = 512;
+
+/// The calls that make the host's sockets, which no other card makes.
+const SOCKET_CALLS: &[i64] = &[
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_listen,
+];
+
+pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    // First of all: what is at the number of --fd belongs to us before anything else is opened.
+    let listener = args.socket.open()?;
+    let spec = args.interface.spec(resolvers());
+    let settings = Settings {
+        flows_max: args.flows as usize,
+        host_loopback: args.map_host_loopback.clone(),
+        ..Settings::default()
+    };
+    let device = Arc::new(NetDevice::new(spec, settings, None, args.queue_pairs));
+    for rule in &args.publish {
+        let port = Published::open(*rule).with_context(|| format!("cannot publish {rule}"))?;
+        device.publish(|ports| ports.push(Arc::new(port)));
+    }
+    let registry = Registry::new("vhost_net");
+    device.register(&registry);
+    let control = args
+        .control_socket
+        .as_deref()
+        .map(|path| control(path, &registry, &device))
+        .transpose()?;
+    let stop = StopSignal::from_signals().context("cannot wait for signals")?;
+
+    let report = sandbox(args).context("cannot set up the sandbox")?;
+    tracing::info!("sandboxed: {report}");
+
+    let control = control
+        .map(|server| server.spawn(stop.clone()))
+        .transpose()?;
+    let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
+    tracing::info!("serving {}", describe(&device));
+    let served = serve(&backend, listener, &stop);
+    drop(backend);
+    drop(control);
+    served
+}
+
+fn describe(device: &NetDevice) -> String {
+    let spec = device.spec();
+    let v4 = spec
+        .v4
+        .map(|v4| format!(", {}/{}", v4.address, v4.prefix_len));
+    let v6 = spec.v6.map(|v6| format!(", {}/64", v6.address));
+    format!(
+        "interface {}{}{}, MTU {}",
+        spec.mac,
+        v4.unwrap_or_default(),
+        v6.unwrap_or_default(),
+        spec.mtu
+    )
+}
+
+/// The host's own name servers. What is not there or cannot be read is none.
+fn resolvers() -> Vec<IpAddr> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let server = |line: &str| line.trim().strip_prefix("nameserver")?.trim().parse().ok();
+    text.lines().filter_map(server).collect()
+}
+
+fn control(
+    path: &Path,
+    registry: &Registry,
+    device: &Arc<NetDevice>,
+) -> anyhow::Result<ControlServer> {
+    let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
+    let about = Arc::clone(device);
+    Ok(server.method("interface", move |_| {
+        let spec = about.spec();
+        Ok(json!({
+            "mac": spec.mac.to_string(),
+            "ipv4": spec.v4.map(|v4| v4.address.to_string()),
+            "ipv6": spec.v6.map(|v6| v6.address.to_string()),
+            "mtu": spec.mtu,
+            "published": about.publish(|ports| {
+                ports.iter().map(ToString::to_string).collect::<Vec<_>>()
+            }),
+        }))
+    }))
+}
+
+fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {
+    let mut builder = Sandbox::builder()
+        .seccomp(args.seccomp)
+        .network()
+        .allow_calls(SOCKET_CALLS)
+        // Each flow has a socket.
+        .max_open_files(u64::from(args.flows) + SPARE_DESCRIPTORS);
+    if let Some(user) = args.user {
+        builder = builder.user(user);
+    }
+    // The sockets' own files are removed in the end.
+    let paths = args.socket.socket_path.iter().chain(&args.control_socket);
+    for folder in paths.map(|path| path.parent()) {
+        builder = match folder {
+            Some(folder) if folder.as_os_str().is_empty() => builder.remove_in("."),
+            Some(folder) => builder.remove_in(folder),
+            None => builder,
+        };
+    }
+    builder.apply()
+}
+
+fn serve(
+    backend: &Backend<NetDevice>,
+    mut listener: Listener,
+    stop: &StopSignal,
+) -> anyhow::Result<()> {
+    while let Some(stream) = listener
+        .accept(stop)
+        .context("cannot accept frontends on the vhost-user socket")?
+    {
+        backend.serve_connected(stream, stop)?;
+    }
+    Ok(())
+}

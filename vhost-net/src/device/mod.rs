@@ -1,0 +1,281 @@
+//! The virtio-net device (virtio 1.3, 5.1): features, and queue pairs of one thread each.
+//!
+//! | feature | why |
+//! |---|---|
+//! | MRG_RXBUF | a super-segment lies in as many small buffers as it needs |
+//! | CSUM, GUEST_CSUM | nobody sums up what never leaves memory |
+//! | HOST_TSO4, HOST_TSO6 | the guest sends 64 KiB at once |
+//! | GUEST_TSO4 | and is sent 64 KiB at once; smoltcp has none for IPv6 |
+//! | MTU | the guest's interface has the right one without DHCP |
+//! | MQ | more pairs, more threads |
+//!
+//! MAC, the control queue and the configuration space are QEMU's for `vhost-user` network
+//! backends: the device offers none, and thereby no CONFIG protocol feature.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use offload::device::{Device, DeviceError};
+use offload::inflight::SharedRegion;
+use offload::telemetry::{QueueStats, Registry};
+use offload::worker::Waker;
+use virtio_bindings::virtio_net;
+
+use crate::card::{Card, CardStats};
+use crate::host::HostSockets;
+use crate::host::publish::Published;
+use crate::locals::LocalSide;
+use crate::policy::SharedRules;
+use crate::spec::Spec;
+use crate::stack::{Accepts, Settings, Stack};
+
+mod pair;
+mod rings;
+
+pub use pair::Pair;
+
+#[cfg(test)]
+mod tests;
+
+const CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_CSUM;
+const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+const MTU: u64 = 1 << virtio_net::VIRTIO_NET_F_MTU;
+const GUEST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
+const HOST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO4;
+const HOST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO6;
+const MRG_RXBUF: u64 = 1 << virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+const MQ: u64 = 1 << virtio_net::VIRTIO_NET_F_MQ;
+const VERSION_1: u64 = 1 << 32;
+
+/// What the device offers.
+pub const FEATURES: u64 =
+    CSUM | GUEST_CSUM | MTU | GUEST_TSO4 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF | MQ;
+
+/// Largest queue size: what QEMU has for network devices.
+const QUEUE_SIZE_MAX: u16 = 1024;
+
+/// What the driver accepted, in the form that the data path needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Bytes of the virtio-net header.
+    pub header_len: usize,
+    /// A frame may lie in several buffers.
+    pub merges: bool,
+    /// What may be sent to it.
+    pub accepts: Accepts,
+}
+
+impl Negotiated {
+    /// From feature bits.
+    #[must_use]
+    pub fn new(acked: u64) -> Self {
+        let partial = acked & GUEST_CSUM != 0;
+        Self {
+            header_len: if acked & (VERSION_1 | MRG_RXBUF) == 0 {
+                crate::frame::header::LEGACY_HEADER_LEN
+            } else {
+                crate::frame::header::HEADER_LEN
+            },
+            merges: acked & MRG_RXBUF != 0,
+            accepts: Accepts {
+                partial,
+                // A driver must not accept it without GUEST_CSUM (5.1.3.1).
+                tso4: partial && acked & GUEST_TSO4 != 0,
+            },
+        }
+    }
+}
+
+/// What all queue pairs share and the control plane changes.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) spec: Arc<Spec>,
+    pub(crate) settings: Settings,
+    pub(crate) stats: Arc<CardStats>,
+    /// Security groups; `None`: everything is allowed.
+    pub(crate) rules: Option<Arc<SharedRules>>,
+    pub(crate) acked: AtomicU64,
+    /// Grows when rings start anew: what belongs to an older one is over.
+    pub(crate) session: AtomicU64,
+    pub(crate) published: Mutex<Vec<Arc<Published>>>,
+    /// Grows with each change of `published`.
+    pub(crate) published_version: AtomicU64,
+    wakers: Mutex<Vec<Waker>>,
+}
+
+/// A network interface behind vhost-user.
+#[derive(Debug)]
+pub struct NetDevice {
+    shared: Arc<Shared>,
+    pairs: u16,
+    stats: Vec<Arc<QueueStats>>,
+}
+
+impl NetDevice {
+    /// An interface with `pairs` queue pairs.
+    #[must_use]
+    pub fn new(
+        spec: Spec,
+        settings: Settings,
+        rules: Option<Arc<SharedRules>>,
+        pairs: u16,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                spec: Arc::new(spec),
+                settings,
+                stats: Arc::default(),
+                rules,
+                acked: AtomicU64::new(0),
+                session: AtomicU64::new(0),
+                published: Mutex::default(),
+                published_version: AtomicU64::new(0),
+                wakers: Mutex::default(),
+            }),
+            pairs: pairs.max(1),
+            stats: (0..pairs.max(1) * 2).map(|_| Arc::default()).collect(),
+        }
+    }
+
+    /// The queues' counters.
+    #[must_use]
+    pub fn queue_stats(&self) -> &[Arc<QueueStats>] {
+        &self.stats
+    }
+
+    /// The card's counters.
+    #[must_use]
+    pub fn stats(&self) -> &Arc<CardStats> {
+        &self.shared.stats
+    }
+
+    /// What the interface is.
+    #[must_use]
+    pub fn spec(&self) -> &Arc<Spec> {
+        &self.shared.spec
+    }
+
+    /// Shows all counters.
+    pub fn register(&self, registry: &Registry) {
+        for (index, stats) in (0..).zip(&self.stats) {
+            registry.queue(index, stats);
+        }
+        self.shared.stats.register(registry);
+    }
+
+    /// Exchanges the published ports; `change` gets those in force.
+    pub fn publish<R>(&self, change: impl FnOnce(&mut Vec<Arc<Published>>) -> R) -> R {
+        let shared = &self.shared;
+        let mut published = shared
+            .published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut published);
+        drop(published);
+        shared.published_version.fetch_add(1, Ordering::Release);
+        self.wake();
+        result
+    }
+
+    fn wake(&self) {
+        let wakers = self
+            .shared
+            .wakers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for waker in wakers.iter() {
+            waker.wake();
+        }
+    }
+}
+
+impl Device for NetDevice {
+    type Queue = Pair;
+
+    fn features(&self) -> u64 {
+        if self.pairs > 1 {
+            FEATURES
+        } else {
+            FEATURES & !MQ
+        }
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.pairs * 2
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        QUEUE_SIZE_MAX
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn write_config(&self, _: u32, _: &[u8]) -> Result<(), DeviceError> {
+        Err("the configuration space of a network card is the frontend's".into())
+    }
+
+    fn set_features(&self, acked: u64) {
+        self.shared.acked.store(acked, Ordering::Release);
+    }
+
+    fn start(&self, _: Option<Arc<SharedRegion>>) -> Result<(), DeviceError> {
+        self.shared.session.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        // The flows' host sides are closed by their threads.
+        self.shared.session.fetch_add(1, Ordering::Release);
+        self.wake();
+    }
+
+    fn leader(&self, queue: u16) -> u16 {
+        queue & !1
+    }
+
+    fn queue(&self, index: u16, waker: Waker) -> Result<Pair, DeviceError> {
+        let shared = Arc::clone(&self.shared);
+        let mut wakers = shared.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        wakers.push(waker);
+        drop(wakers);
+        let stats = |at: u16| self.stats.get(usize::from(at)).cloned().unwrap_or_default();
+        Ok(Pair::new(index, shared, stats(index), stats(index + 1))?)
+    }
+}
+
+/// The flows and services of one pair, for a driver that accepted `negotiated`.
+pub(crate) fn card(
+    shared: &Arc<Shared>,
+    negotiated: Negotiated,
+    advertises: bool,
+    now: Instant,
+) -> std::io::Result<Card<LocalSide>> {
+    let mut seed = [0; 8];
+    getrandom::fill(&mut seed).map_err(std::io::Error::other)?;
+    let settings = Settings {
+        accepts: negotiated.accepts,
+        ..shared.settings.clone()
+    };
+    let stack = Stack::new(
+        Arc::clone(&shared.spec),
+        settings,
+        Arc::clone(&shared.stats.stack),
+        u64::from_ne_bytes(seed),
+        now,
+    );
+    let local = LocalSide::new(&shared.spec, shared.rules.as_ref(), advertises, now);
+    Ok(Card::new(
+        Arc::clone(&shared.spec),
+        Arc::clone(&shared.stats),
+        stack,
+        local,
+    ))
+}
+
+/// The host's sockets of one pair.
+pub(crate) fn host() -> std::io::Result<HostSockets> {
+    HostSockets::new()
+}

@@ -1,0 +1,288 @@
+//! The edge: the host's sockets of one thread.
+//!
+//! All sockets are watched by one epoll instance, edge-triggered, and the thread's io_uring watches
+//! that: one wait for everything, and a socket costs one system call when it is made instead of one
+//! for each event. Polls of their own in the io_uring were the other choice: a submission for each
+//! socket, to be cancelled and waited for when it closes.
+//!
+//! Sockets are never asked twice for what an edge has not announced, but the first time: a socket is
+//! taken for neither readable nor writable when it is made, and epoll reports its state once.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto,
+};
+
+use crate::stack::{Event, Host, Kind};
+
+pub mod publish;
+
+use publish::{Published, Transport};
+
+/// Events taken at a time.
+const EVENTS: usize = 64;
+/// How often in one call: the rest comes in the next round.
+const EVENT_BATCHES: usize = 8;
+/// Marks the events of published ports.
+const PUBLISHED: u64 = 1 << 63;
+
+struct Socket {
+    fd: OwnedFd,
+    /// Tells it from earlier ones of the same number.
+    serial: u32,
+}
+
+/// What happened at the host.
+#[derive(Debug)]
+pub enum Happened {
+    /// An event on a flow's socket.
+    Socket(usize, Event),
+    /// Somebody is at a published port.
+    Published(usize),
+}
+
+/// See the module.
+pub struct HostSockets {
+    epoll: OwnedFd,
+    sockets: Vec<Option<Socket>>,
+    serial: u32,
+    published: Vec<Option<Arc<Published>>>,
+}
+
+impl std::fmt::Debug for HostSockets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostSockets").finish_non_exhaustive()
+    }
+}
+
+const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
+const WATCHED: EventFlags = EventFlags::IN
+    .union(EventFlags::OUT)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
+
+fn family(address: &SocketAddr) -> AddressFamily {
+    match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    }
+}
+
+impl HostSockets {
+    /// No sockets yet.
+    ///
+    /// # Errors
+    /// The process is out of file descriptors.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            epoll: epoll::create(CreateFlags::CLOEXEC)?,
+            sockets: Vec::new(),
+            serial: 0,
+            published: Vec::new(),
+        })
+    }
+
+    /// What to wait on: readable when [`Self::take_events`] has something. Lives as long as this.
+    #[must_use]
+    pub fn epoll_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    /// Takes what has happened. True: there may be more.
+    pub fn take_events(&mut self, happened: &mut Vec<Happened>) -> bool {
+        let mut events = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; EVENTS];
+        let now = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        for _ in 0..EVENT_BATCHES {
+            let taken = match epoll::wait(&self.epoll, &mut events[..], Some(&now)) {
+                Ok((taken, _)) => taken,
+                Err(_) => return false,
+            };
+            let is_last = taken.len() < EVENTS;
+            for event in &*taken {
+                let (data, flags) = (event.data.u64(), event.flags);
+                if data & PUBLISHED != 0 {
+                    happened.push(Happened::Published((data & !PUBLISHED) as usize));
+                    continue;
+                }
+                let (flow, serial) = ((data >> 32) as usize, data as u32);
+                let socket = self.sockets.get(flow).and_then(Option::as_ref);
+                if socket.is_none_or(|socket| socket.serial != serial) {
+                    continue;
+                }
+                let failed = flags.contains(EventFlags::ERR);
+                let hung_up = flags.contains(EventFlags::HUP);
+                let event = Event {
+                    readable: failed || flags.contains(EventFlags::IN),
+                    writable: failed || hung_up || flags.contains(EventFlags::OUT),
+                    hangup: hung_up || flags.contains(EventFlags::RDHUP),
+                };
+                happened.push(Happened::Socket(flow, event));
+            }
+            if is_last {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn adopt(&mut self, flow: usize, fd: OwnedFd) -> io::Result<()> {
+        self.serial = self.serial.wrapping_add(1);
+        let data = (flow as u64) << 32 | u64::from(self.serial);
+        epoll::add(&self.epoll, &fd, EventData::new_u64(data), WATCHED)?;
+        if self.sockets.len() <= flow {
+            self.sockets.resize_with(flow + 1, || None);
+        }
+        if let Some(place) = self.sockets.get_mut(flow) {
+            *place = Some(Socket {
+                fd,
+                serial: self.serial,
+            });
+        }
+        Ok(())
+    }
+
+    /// Takes a connection to a published port as the socket of a flow.
+    ///
+    /// # Errors
+    /// The kernel cannot watch it.
+    pub fn adopt_stream(&mut self, flow: usize, fd: OwnedFd) -> io::Result<()> {
+        let _ = sockopt::set_tcp_nodelay(&fd, true);
+        self.adopt(flow, fd)
+    }
+
+    fn fd(&self, flow: usize) -> io::Result<BorrowedFd<'_>> {
+        let socket = self.sockets.get(flow).and_then(Option::as_ref);
+        let socket = socket.ok_or(io::Error::from(io::ErrorKind::NotConnected))?;
+        Ok(socket.fd.as_fd())
+    }
+
+    /// Watches these published ports, and no others.
+    pub fn publish(&mut self, ports: &[Arc<Published>]) {
+        for old in self.published.iter().flatten() {
+            if !ports.iter().any(|new| Arc::ptr_eq(new, old)) {
+                let _ = epoll::delete(&self.epoll, old.fd());
+            }
+        }
+        for place in &mut self.published {
+            let is_kept = |old: &Arc<Published>| ports.iter().any(|new| Arc::ptr_eq(new, old));
+            place.take_if(|old| !is_kept(old));
+        }
+        for new in ports {
+            let is_known = |old: &Arc<Published>| Arc::ptr_eq(new, old);
+            if self.published.iter().flatten().any(is_known) {
+                continue;
+            }
+            let free = self.published.iter().position(Option::is_none);
+            let at = free.unwrap_or(self.published.len());
+            let data = EventData::new_u64(PUBLISHED | at as u64);
+            let flags = EventFlags::IN;
+            if let Err(error) = epoll::add(&self.epoll, new.fd(), data, flags) {
+                tracing::error!(%error, "cannot watch the published port {new}");
+                continue;
+            }
+            match self.published.get_mut(at) {
+                Some(place) => *place = Some(Arc::clone(new)),
+                None => self.published.push(Some(Arc::clone(new))),
+            }
+        }
+    }
+
+    /// A published port by its number in [`Happened::Published`].
+    #[must_use]
+    pub fn published(&self, at: usize) -> Option<Arc<Published>> {
+        self.published.get(at).cloned().flatten()
+    }
+}
+
+impl Host for HostSockets {
+    fn open(&mut self, flow: usize, kind: Kind, to: SocketAddr) -> io::Result<()> {
+        let (socket_type, protocol) = match (kind, &to) {
+            (Kind::Tcp, _) => (SocketType::STREAM, ipproto::TCP),
+            (Kind::Udp { .. }, _) => (SocketType::DGRAM, ipproto::UDP),
+            (Kind::Ping, SocketAddr::V4(_)) => (SocketType::DGRAM, ipproto::ICMP),
+            (Kind::Ping, SocketAddr::V6(_)) => (SocketType::DGRAM, ipproto::ICMPV6),
+        };
+        let fd = rustix::net::socket_with(family(&to), socket_type, FLAGS, Some(protocol))?;
+        match (kind, &to) {
+            (Kind::Tcp, _) => sockopt::set_tcp_nodelay(&fd, true)?,
+            // A path that is too narrow is the guest's business if it says so, else the kernel's.
+            (Kind::Udp { dont_fragment }, SocketAddr::V4(_)) => {
+                let discovery = if dont_fragment {
+                    Ipv4PathMtuDiscovery::DO
+                } else {
+                    Ipv4PathMtuDiscovery::DONT
+                };
+                sockopt::set_ip_mtu_discover(&fd, discovery)?;
+            }
+            (Kind::Udp { .. }, SocketAddr::V6(_)) => {
+                sockopt::set_ipv6_mtu_discover(&fd, Ipv6PathMtuDiscovery::DO)?;
+            }
+            (Kind::Ping, _) => {}
+        }
+        match rustix::net::connect(&fd, &to) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::INPROGRESS) if kind == Kind::Tcp => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        self.adopt(flow, fd)
+    }
+
+    fn connected(&mut self, flow: usize) -> io::Result<()> {
+        Ok(sockopt::socket_error(self.fd(flow)?)??)
+    }
+
+    fn recv(&mut self, flow: usize, buffer: &mut [u8]) -> io::Result<usize> {
+        let (len, _) = rustix::net::recv(self.fd(flow)?, buffer, RecvFlags::empty())?;
+        Ok(len)
+    }
+
+    fn send(&mut self, flow: usize, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::net::send(
+            self.fd(flow)?,
+            bytes,
+            SendFlags::NOSIGNAL,
+        )?)
+    }
+
+    fn send_from(&mut self, published: usize, to: SocketAddr, bytes: &[u8]) -> io::Result<usize> {
+        let port = self.published(published);
+        let port = port.filter(|port| port.rule().transport == Transport::Udp);
+        let port = port.ok_or(io::Error::from(io::ErrorKind::NotConnected))?;
+        Ok(rustix::net::sendto(
+            port.fd(),
+            bytes,
+            SendFlags::NOSIGNAL,
+            &to,
+        )?)
+    }
+
+    fn finish(&mut self, flow: usize) {
+        if let Ok(fd) = self.fd(flow) {
+            // Fails on a socket that is reset already, which its next event says.
+            let _ = rustix::net::shutdown(fd, Shutdown::Write);
+        }
+    }
+
+    fn close(&mut self, flow: usize, is_reset: bool) {
+        if let Some(socket) = self.sockets.get_mut(flow).and_then(Option::take)
+            && is_reset
+        {
+            let _ = sockopt::set_socket_linger(&socket.fd, Some(Duration::ZERO));
+        }
+    }
+
+    fn path_mtu(&mut self, flow: usize) -> Option<u32> {
+        let fd = self.fd(flow).ok()?;
+        sockopt::ip_mtu(fd).or_else(|_| sockopt::ipv6_mtu(fd)).ok()
+    }
+}

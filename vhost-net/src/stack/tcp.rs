@@ -1,0 +1,475 @@
+//! TCP: the guest's connection ends here, and another one begins at the host.
+//!
+//! A connection of the guest's is answered only when the host's is there: its SYN makes a listening
+//! socket on the destination whose SYN-ACK is held back, the host connects, and what comes of that
+//! releases the SYN-ACK, resets, or becomes an ICMP error. So the guest's `connect` fails as and
+//! when the real one does.
+//!
+//! Bytes go from the host's socket straight into smoltcp's ring, and from there straight to the
+//! host's socket. Neither side is read when the other has no room, so a stalled receiver is felt by
+//! the sender, whichever it is. Each half closes by itself; a reset on one side is one on the other.
+//!
+//! A flow that reaches TIME-WAIT is forgotten: the wire to the guest loses nothing, so the last
+//! acknowledgement has arrived, and a table full of waiting flows would be a way to fill it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use smoltcp::iface::{Context, PollResult, SocketHandle, SocketSet};
+use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
+
+use super::{
+    Bench, Event, Flow, Host, Kind, Locals, Port, Route, Stack, Turn, Unreachable, Wire, after,
+    smoltcp_time, unreachable,
+};
+use crate::frame::{Frame, Packet};
+use crate::local::{FlowKey, TcpService};
+
+/// Bytes that wait for the host at most: the window that the guest sees.
+pub const BUFFER_TO_HOST: usize = 512 << 10;
+/// Bytes on the way to the guest at most.
+pub const BUFFER_TO_GUEST: usize = 512 << 10;
+
+/// Rounds of receive, segment, send in one turn.
+const ROUNDS_MAX: usize = 8;
+/// Bytes of a SYN that are kept to be quoted in an ICMP error.
+const QUOTE: usize = 128;
+
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+
+/// Who is behind the connection.
+enum Peer {
+    /// A socket of the host's.
+    Host,
+    /// A service of the card's.
+    Local(Box<dyn TcpService>),
+    /// Nobody any more: the reset or the last segments are still to be sent.
+    Gone,
+}
+
+/// How far a flow is.
+enum Phase {
+    /// The host connects; the beginning of the guest's SYN.
+    Connecting(Box<[u8]>),
+    /// Both sides are there, or the guest is being connected to.
+    Open,
+}
+
+pub(super) struct TcpFlow {
+    sockets: SocketSet<'static>,
+    handle: SocketHandle,
+    phase: Phase,
+    peer: Peer,
+    is_readable: bool,
+    is_writable: bool,
+    has_hung_up: bool,
+    /// The host's half has ended, and the guest is told.
+    host_ended: bool,
+    /// The guest's half has ended, and the host was told.
+    guest_ended: bool,
+}
+
+fn socket() -> Socket<'static> {
+    let mut socket = Socket::new(
+        SocketBuffer::new(vec![0; BUFFER_TO_HOST]),
+        SocketBuffer::new(vec![0; BUFFER_TO_GUEST]),
+    );
+    // Super-segments come in pairs of nothing: a delayed acknowledgement stalls the sender.
+    socket.set_ack_delay(None);
+    // What the host has sent as one piece arrives as one.
+    socket.set_nagle_enabled(false);
+    socket
+}
+
+impl TcpFlow {
+    fn new(socket: Socket<'static>, phase: Phase, peer: Peer) -> Self {
+        let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let handle = sockets.add(socket);
+        Self {
+            sockets,
+            handle,
+            phase,
+            peer,
+            is_readable: false,
+            is_writable: false,
+            has_hung_up: false,
+            host_ended: false,
+            guest_ended: false,
+        }
+    }
+
+    /// Waits for the SYN that is about to be handed in.
+    fn outward(key: &FlowKey, syn: &[u8], peer: Peer) -> Option<Self> {
+        let mut socket = socket();
+        socket.listen(key.peer).ok()?;
+        let is_local = matches!(peer, Peer::Local(_));
+        socket.pause_synack(!is_local);
+        let phase = if is_local {
+            Phase::Open
+        } else {
+            Phase::Connecting(syn.get(..QUOTE).unwrap_or(syn).into())
+        };
+        Some(Self::new(socket, phase, peer))
+    }
+
+    /// Connects to the guest.
+    pub(super) fn inward(
+        guest: SocketAddr,
+        peer: SocketAddr,
+        context: &mut Context,
+    ) -> Option<Self> {
+        let mut socket = socket();
+        socket.connect(context, guest, peer).ok()?;
+        let mut flow = Self::new(socket, Phase::Open, Peer::Host);
+        flow.is_readable = true;
+        flow.is_writable = true;
+        Some(flow)
+    }
+
+    pub(super) fn has_socket(&self) -> bool {
+        matches!(self.peer, Peer::Host)
+    }
+
+    pub(super) fn on_host(&mut self, event: Event) {
+        self.is_readable |= event.readable || event.hangup;
+        self.is_writable |= event.writable;
+        self.has_hung_up |= event.hangup;
+    }
+
+    /// Whether something was sent.
+    fn egress<W: Wire, H: Host>(&mut self, bench: &mut Bench<'_, W, H>) -> bool {
+        let time = bench.time();
+        let mut port = Port {
+            ingress: None,
+            wire: bench.wire,
+            scratch: bench.scratch,
+            ends: bench.ends,
+            caps: bench.caps,
+            accepts: bench.accepts,
+        };
+        let polled = bench.iface.poll_egress(time, &mut port, &mut self.sockets);
+        polled == PollResult::SocketStateChanged
+    }
+
+    fn abort(&mut self) {
+        self.sockets.get_mut::<Socket<'_>>(self.handle).abort();
+        self.peer = Peer::Gone;
+        self.phase = Phase::Open;
+    }
+
+    pub(super) fn turn<W: Wire, H: Host>(&mut self, bench: &mut Bench<'_, W, H>) -> Turn {
+        if let Phase::Connecting(syn) = &self.phase {
+            if self.sockets.get::<Socket<'_>>(self.handle).state() != State::SynReceived {
+                // The guest has given up.
+                bench.host.close(bench.id, true);
+                return Turn::Over;
+            }
+            if !self.is_writable && !self.has_hung_up {
+                return Turn::Wait(None);
+            }
+            match bench.host.connected(bench.id) {
+                Ok(()) => {
+                    self.phase = Phase::Open;
+                    let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
+                    socket.pause_synack(false);
+                }
+                Err(error) => {
+                    bench.stats.connect_failed.inc();
+                    bench.host.close(bench.id, false);
+                    match unreachable(&error) {
+                        Some(Unreachable::Port) => self.abort(),
+                        Some(why) => {
+                            let syn = syn.clone();
+                            let (from, to) = self.addresses();
+                            bench.unreachable(from, to, why, &syn);
+                            return Turn::Over;
+                        }
+                        // Silence: the guest's own patience decides.
+                        None => return Turn::Over,
+                    }
+                }
+            }
+        }
+        for _ in 0..ROUNDS_MAX {
+            let has_moved = match self.peer {
+                Peer::Host => self.pump(bench.id, bench.host),
+                Peer::Local(_) => self.pump_local(bench.now),
+                Peer::Gone => false,
+            };
+            let has_sent = self.egress(bench);
+            if !has_moved && !has_sent {
+                return self.rest(bench);
+            }
+        }
+        Turn::Again
+    }
+
+    /// The guest's end and the other, for errors to the guest: from, to.
+    fn addresses(&self) -> (std::net::IpAddr, std::net::IpAddr) {
+        let socket = self.sockets.get::<Socket<'_>>(self.handle);
+        let of = |end: Option<smoltcp::wire::IpEndpoint>| {
+            end.map_or(std::net::Ipv4Addr::UNSPECIFIED.into(), |end| {
+                end.addr.into()
+            })
+        };
+        (of(socket.local_endpoint()), of(socket.remote_endpoint()))
+    }
+
+    /// Nothing could be moved or sent: what to wait for.
+    fn rest<W: Wire, H: Host>(&mut self, bench: &mut Bench<'_, W, H>) -> Turn {
+        let socket = self.sockets.get::<Socket<'_>>(self.handle);
+        let state = socket.state();
+        let is_over = match state {
+            // An aborted socket has a peer until its reset is sent.
+            State::Closed => socket.remote_endpoint().is_none(),
+            State::TimeWait => true,
+            State::Listen => true,
+            _ => false,
+        };
+        if is_over {
+            if self.has_socket() {
+                let is_graceful = self.host_ended && self.guest_ended;
+                bench.host.close(bench.id, !is_graceful);
+            }
+            return Turn::Over;
+        }
+        let time = bench.time();
+        let at = bench.iface.poll_at(time, &self.sockets);
+        if at.is_some_and(|at| at <= time) {
+            // It would send, if there were room.
+            return Turn::Again;
+        }
+        let at = at.map(|at| {
+            let micros = u64::try_from((at - time).total_micros()).unwrap_or(u64::MAX);
+            // Rounded up: a timer that fires early finds nothing to do, for ever.
+            bench.now + std::time::Duration::from_micros(micros.max(1))
+        });
+        let deadline = match &self.peer {
+            Peer::Local(service) => service.deadline(),
+            Peer::Gone => Some(after(bench.now, 60)),
+            Peer::Host => None,
+        };
+        if let Peer::Local(_) = &self.peer
+            && deadline.is_some_and(|at| at <= bench.now)
+        {
+            self.abort();
+            return Turn::Again;
+        }
+        Turn::Wait(match (at, deadline) {
+            (Some(at), Some(deadline)) => Some(at.min(deadline)),
+            (at, deadline) => at.or(deadline),
+        })
+    }
+
+    /// Moves bytes between the guest and the host's socket. Whether it did, or ended something.
+    fn pump<H: Host>(&mut self, id: usize, host: &mut H) -> bool {
+        let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
+        let mut has_moved = false;
+        while self.is_readable && !self.host_ended && socket.can_send() {
+            let mut room = 0;
+            let received = socket.send(|buffer| {
+                room = buffer.len();
+                let received = host.recv(id, buffer);
+                (*received.as_ref().unwrap_or(&0), received)
+            });
+            match received {
+                Ok(Ok(0)) => {
+                    self.host_ended = true;
+                    self.is_readable = false;
+                    socket.close();
+                    has_moved = true;
+                }
+                Ok(Ok(n)) => {
+                    has_moved = true;
+                    // A short receive has drained the socket, but for its end.
+                    self.is_readable = n == room || self.has_hung_up;
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.is_readable = false;
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(_)) => {
+                    host.close(id, false);
+                    self.abort();
+                    return true;
+                }
+                Err(_) => break,
+            }
+        }
+        while self.is_writable && socket.can_recv() {
+            let mut had = 0;
+            let sent = socket.recv(|buffer| {
+                had = buffer.len();
+                let sent = host.send(id, buffer);
+                (*sent.as_ref().unwrap_or(&0), sent)
+            });
+            match sent {
+                Ok(Ok(n)) => {
+                    has_moved |= n > 0;
+                    self.is_writable = n == had;
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.is_writable = false;
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(_)) => {
+                    host.close(id, false);
+                    self.abort();
+                    return true;
+                }
+                Err(_) => break,
+            }
+        }
+        if !self.guest_ended && has_ended(socket) {
+            self.guest_ended = true;
+            host.finish(id);
+            has_moved = true;
+        }
+        has_moved
+    }
+
+    /// The same for a service of the card's.
+    fn pump_local(&mut self, now: Instant) -> bool {
+        let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
+        let Peer::Local(service) = &mut self.peer else {
+            return false;
+        };
+        let mut has_moved = false;
+        while socket.can_recv() {
+            let received = socket.recv(|bytes| {
+                if !service.is_done() {
+                    service.receive(bytes, now);
+                }
+                (bytes.len(), bytes.len())
+            });
+            match received {
+                Ok(n) if n > 0 => has_moved = true,
+                _ => break,
+            }
+        }
+        if !self.guest_ended && has_ended(socket) {
+            self.guest_ended = true;
+            service.end(now);
+            has_moved = true;
+        }
+        while socket.can_send() && !service.output().is_empty() {
+            let output = service.output();
+            let (front, _) = output.as_slices();
+            let Ok(sent) = socket.send_slice(front) else {
+                break;
+            };
+            output.drain(..sent);
+            has_moved |= sent > 0;
+        }
+        if !self.host_ended && service.is_done() && service.output().is_empty() {
+            self.host_ended = true;
+            socket.close();
+            has_moved = true;
+        }
+        has_moved
+    }
+}
+
+/// Whether the guest has ended its half and all of it was taken.
+fn has_ended(socket: &Socket<'_>) -> bool {
+    let state = socket.state();
+    matches!(
+        state,
+        State::CloseWait | State::LastAck | State::Closing | State::TimeWait
+    ) && !socket.can_recv()
+}
+
+impl Stack {
+    #[allow(clippy::too_many_arguments)] // one call, one place
+    pub(super) fn tcp_from_guest<W: Wire, H: Host>(
+        &mut self,
+        frame: &Frame<'_>,
+        packet: &Packet,
+        key: FlowKey,
+        flags: u8,
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+        locals: &mut dyn Locals,
+    ) {
+        let bytes = frame.ip_bytes();
+        let id = match self.by_key.get(&key) {
+            Some(&id) => id,
+            None if flags & (SYN | ACK | RST) != SYN => return self.reset(bytes, now, wire),
+            None => match self.open_tcp(packet, bytes, key, now, wire, host, locals) {
+                Some(id) => id,
+                None => return,
+            },
+        };
+        let Some(entry) = self.flows.get_mut(id) else {
+            return;
+        };
+        let Flow::Tcp(flow) = &mut entry.flow else {
+            return;
+        };
+        let mut port = Port {
+            ingress: Some(bytes),
+            wire,
+            scratch: &mut self.scratch,
+            ends: super::ends(&self.spec),
+            caps: &self.caps,
+            accepts: self.settings.accepts,
+        };
+        let time = smoltcp_time(self.epoch, now);
+        self.iface
+            .poll_ingress_single(time, &mut port, &mut flow.sockets);
+        self.make_ready(id);
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call, one place
+    fn open_tcp<W: Wire, H: Host>(
+        &mut self,
+        packet: &Packet,
+        bytes: &[u8],
+        key: FlowKey,
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+        locals: &mut dyn Locals,
+    ) -> Option<usize> {
+        if self.flows.len() >= self.settings.flows_max {
+            self.stats.table_full.inc();
+            self.reset(bytes, now, wire);
+            return None;
+        }
+        let (to, peer) = match self.route(packet.destination) {
+            Route::Host(to) => (Some(to), Peer::Host),
+            Route::Card => match locals.connect(key.peer, key.guest) {
+                Some(service) => (None, Peer::Local(service)),
+                None => {
+                    self.reset(bytes, now, wire);
+                    return None;
+                }
+            },
+            Route::None => {
+                self.stats.unroutable.inc();
+                self.refuse(packet, bytes, Unreachable::Host, wire);
+                return None;
+            }
+        };
+        let flow = TcpFlow::outward(&key, bytes, peer)?;
+        let id = self.insert(key, Flow::Tcp(Box::new(flow)));
+        self.stats.tcp_opened.inc();
+        let Some(to) = to else {
+            return Some(id);
+        };
+        if let Err(error) = host.open(id, Kind::Tcp, (to, key.peer.port()).into()) {
+            self.stats.connect_failed.inc();
+            self.remove(id);
+            match unreachable(&error) {
+                Some(Unreachable::Port) | None => self.reset(bytes, now, wire),
+                Some(why) => self.refuse(packet, bytes, why, wire),
+            }
+            return None;
+        }
+        Some(id)
+    }
+}
