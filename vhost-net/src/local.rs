@@ -38,6 +38,8 @@ pub struct Outbox {
     /// Datagrams to servers. The answer, if one comes, is handed in with the token; there is
     /// no word of timeouts, the service has deadlines of its own.
     pub outgoing: Vec<Outgoing>,
+    /// Tokens of earlier [`Self::outgoing`] whose answers are no longer waited for.
+    pub over: Vec<u64>,
 }
 
 /// A byte-stream service of the card's own. One object a connection.

@@ -5,6 +5,8 @@
 //!  frame ─────┼── dhcp4, dhcp6 ──── the lease, which is a function of the specification
 //!             ├── echo ──────────── ping to the card
 //!             └── dns ───────────── names; asks upstream through the outbox
+//!
+//!  TCP ────────── imds ──────────── metadata, terminated by the stack
 //! ```
 //!
 //! [`Services::receive`] looks at a frame of the guest's first; what is for no service goes on to
@@ -20,14 +22,14 @@
 //! dropped and counted. Addresses of the card's for which there is no service swallow what is sent
 //! there: it never reaches the host.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smoltcp::wire::{EthernetFrame, EthernetProtocol};
 
-use crate::local::{Outbox, Verdict};
-use crate::spec::Spec;
+use crate::local::{Outbox, TcpService, Verdict};
+use crate::spec::{METADATA_V4, METADATA_V6, Spec};
 
 pub mod arp;
 pub mod dhcp4;
@@ -41,6 +43,8 @@ pub mod wire;
 use arp::Arp;
 use dhcp4::Dhcp4;
 use dhcp6::Dhcp6;
+use dns::{Client, Dns, DnsOut, DnsStats};
+use imds::Imds;
 use nd::Nd;
 
 /// What the services take from the guest each second, and at most at once.
@@ -57,6 +61,8 @@ pub struct ServiceStats {
     pub dhcp4: dhcp4::Dhcp4Stats,
     /// DHCPv6.
     pub dhcp6: dhcp6::Dhcp6Stats,
+    /// DNS.
+    pub dns: DnsStats,
     /// Echo requests answered.
     pub echoed: u64,
     /// Above [`PACKETS_PER_SECOND`].
@@ -77,6 +83,8 @@ pub struct Services {
     nd: Nd,
     dhcp4: Dhcp4,
     dhcp6: Dhcp6,
+    dns: Option<Dns>,
+    imds: Option<Arc<Imds>>,
     tokens: Tokens,
     stats: ServiceStats,
 }
@@ -91,15 +99,32 @@ impl Services {
             nd: Nd::new(advertises.then_some(now)),
             dhcp4: Dhcp4::default(),
             dhcp6: Dhcp6::default(),
+            dns: None,
+            imds: None,
             tokens: Tokens::new(PACKETS_PER_SECOND, now),
             stats: ServiceStats::default(),
         }
+    }
+
+    /// With a resolver; without one, questions are swallowed.
+    #[must_use]
+    pub fn with_dns(mut self, dns: Dns) -> Self {
+        self.dns = Some(dns);
+        self
+    }
+
+    /// With a metadata service; without one, connections to it are refused.
+    #[must_use]
+    pub fn with_imds(mut self, imds: Arc<Imds>) -> Self {
+        self.imds = Some(imds);
+        self
     }
 
     /// Counters.
     #[must_use]
     pub fn stats(&self) -> ServiceStats {
         ServiceStats {
+            dns: self.dns.as_ref().map(Dns::stats).unwrap_or_default(),
             arp: self.arp.stats(),
             nd: self.nd.stats(),
             dhcp4: self.dhcp4.stats(),
@@ -145,7 +170,7 @@ impl Services {
         let reply = match kind {
             Kind::NotOurs => return Verdict::Pass,
             Kind::Nd => self.nd.handle(&self.spec, &packet),
-            Kind::Udp(port) => self.udp(&packet, port, checksummed),
+            Kind::Udp(port) => self.udp(&packet, port, checksummed, now, out),
             Kind::Echo => {
                 let reply = echo::reply(&self.spec, &packet);
                 match reply {
@@ -166,12 +191,39 @@ impl Services {
     /// What is due by now.
     pub fn poll(&mut self, now: Instant, out: &mut Outbox) {
         out.frames.extend(self.nd.poll(&self.spec, now));
+        if let Some(dns) = &mut self.dns {
+            let mut said = DnsOut::default();
+            dns.poll(now, &mut said);
+            deliver(&self.spec, said, out);
+        }
+    }
+
+    /// Takes the answer to something that left as [`Outbox::outgoing`].
+    pub fn answered(&mut self, token: u64, payload: &[u8], now: Instant, out: &mut Outbox) {
+        if let Some(dns) = &mut self.dns {
+            let mut said = DnsOut::default();
+            dns.answered(token, payload, now, &mut said);
+            deliver(&self.spec, said, out);
+        }
+    }
+
+    /// The service behind a TCP port of the card's; none: the connection is to be refused.
+    #[must_use]
+    pub fn connect(&self, to: SocketAddr, now: Instant) -> Option<Box<dyn TcpService>> {
+        let is_metadata = to.ip() == IpAddr::V4(METADATA_V4) || to.ip() == IpAddr::V6(METADATA_V6);
+        if !is_metadata || to.port() != imds::PORT {
+            return None;
+        }
+        let connection = self.imds.as_ref()?.connect(now)?;
+        Some(Box::new(connection))
     }
 
     /// When [`Self::poll`] wants to be called.
     #[must_use]
     pub fn poll_at(&self) -> Option<Instant> {
-        self.nd.poll_at().filter(|_| self.spec.v6.is_some())
+        let nd = self.nd.poll_at().filter(|_| self.spec.v6.is_some());
+        let dns = self.dns.as_ref().and_then(Dns::poll_at);
+        nd.into_iter().chain(dns).min()
     }
 
     fn kind(&self, packet: &wire::Packet<'_>) -> Kind {
@@ -201,7 +253,14 @@ impl Services {
         }
     }
 
-    fn udp(&mut self, packet: &wire::Packet<'_>, port: u16, checksummed: bool) -> Option<Vec<u8>> {
+    fn udp(
+        &mut self,
+        packet: &wire::Packet<'_>,
+        port: u16,
+        checksummed: bool,
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Option<Vec<u8>> {
         let Some(datagram) = wire::parse_udp(packet, checksummed) else {
             self.stats.malformed += 1;
             return None;
@@ -228,6 +287,18 @@ impl Services {
                     &reply,
                 )
             }
+            (dns::PORT, source, destination) if spec.is_guest(source) && self.dns.is_some() => {
+                let client = Client {
+                    client: datagram.source,
+                    server: (destination, dns::PORT),
+                };
+                let mut said = DnsOut::default();
+                if let Some(dns) = &mut self.dns {
+                    dns.query(client, datagram.payload, now, &mut said);
+                }
+                deliver(&self.spec, said, out);
+                None
+            }
             _ => {
                 self.stats.unwanted += 1;
                 None
@@ -245,6 +316,17 @@ impl Services {
         self.stats.limited += u64::from(!has);
         has
     }
+}
+
+/// Puts what the resolver has to say into the outbox.
+fn deliver(spec: &Spec, said: DnsOut, out: &mut Outbox) {
+    for (client, message) in said.replies {
+        let link = (spec.gateway_mac, spec.mac);
+        let frame = wire::udp(link, client.server, client.client, &message);
+        out.frames.extend(frame);
+    }
+    out.outgoing.extend(said.outgoing);
+    out.over.extend(said.over);
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -185,3 +185,57 @@ fn bent_frames_never_panic() {
     }
     assert!(services.stats().dhcp4.offers > 0);
 }
+
+#[test]
+fn a_question_in_a_frame_goes_to_the_server_and_its_answer_comes_back_in_one() {
+    use hickory_proto::op::{Message as Dns_, MessageType as Kind, OpCode, Query};
+    use hickory_proto::rr::{Name, RecordType};
+
+    let now = Instant::now();
+    let spec = Spec {
+        upstream_dns: vec!["192.0.2.53".parse().unwrap()],
+        ..Spec::default()
+    };
+    let resolver = Dns::new(&spec, &[], Box::new(|| 77));
+    let mut services = Services::new(Arc::new(spec), false, now).with_dns(resolver);
+    let mut question = Dns_::new(5, Kind::Query, OpCode::Query);
+    let name = Name::from_ascii("example.com.").unwrap();
+    question.add_query(Query::query(name, RecordType::A));
+    let mut frame = Vec::new();
+    PacketBuilder::ethernet2(GUEST, CARD)
+        .ipv4([10, 0, 2, 15], [10, 0, 2, 3], 64)
+        .udp(4000, 53)
+        .write(&mut frame, &question.to_vec().unwrap())
+        .unwrap();
+    let mut out = Outbox::default();
+    assert_eq!(
+        services.receive(&frame, true, now, &mut out),
+        Verdict::Handled
+    );
+    let asked = out.outgoing.pop().unwrap();
+    assert_eq!(asked.to, "192.0.2.53:53".parse().unwrap());
+    assert!(out.frames.is_empty());
+    let mut answer = Dns_::response(77, OpCode::Query);
+    answer.queries.clone_from(&question.queries);
+    services.answered(asked.token, &answer.to_vec().unwrap(), now, &mut out);
+    assert_eq!(out.over, [asked.token]);
+    let sliced = SlicedPacket::from_ethernet(&out.frames[0]).unwrap();
+    let Some(TransportSlice::Udp(udp)) = &sliced.transport else {
+        panic!("not UDP")
+    };
+    assert_eq!((udp.source_port(), udp.destination_port()), (53, 4000));
+    assert_eq!(udp.payload()[..2], [0, 5]);
+}
+
+#[test]
+fn the_metadata_service_is_at_its_two_addresses_on_port_80_and_nowhere_else() {
+    let now = Instant::now();
+    let spec = Spec::default();
+    let metadata = imds::MetadataSpec::default();
+    let service = Arc::new(Imds::new(&metadata, &spec, [1; 32], now).unwrap());
+    let services = Services::new(Arc::new(spec), false, now).with_imds(service);
+    let is_there = |to: &str| services.connect(to.parse().unwrap(), now).is_some();
+    assert!(is_there("169.254.169.254:80") && is_there("[fd00:ec2::254]:80"));
+    assert!(!is_there("169.254.169.254:443") && !is_there("10.0.2.2:80"));
+    assert!(!is_there("10.0.2.3:53"));
+}
