@@ -59,6 +59,16 @@ pub struct ServeArgs {
     /// than once; off if left out
     #[arg(long, value_name = "ADDRESS")]
     pub map_host_loopback: Vec<IpAddr>,
+    /// Security groups, as TOML; if left out the guest reaches everything, and it is reached by
+    /// replies and through published ports
+    #[arg(long, value_name = "FILE")]
+    pub security_groups: Option<PathBuf>,
+    /// What the metadata service tells the guest about itself, as TOML
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
+    /// The guest's user-data, on the metadata service
+    #[arg(long, value_name = "FILE")]
+    pub user_data: Option<PathBuf>,
     /// Answer questions about the running card on this socket (JSON lines)
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,

@@ -13,6 +13,7 @@ use offload::telemetry::{Counter, Registry};
 use crate::frame::header::NetHeader;
 use crate::frame::{Frame, Malformed, Net, TCP, Transport, UDP};
 use crate::local::{Direction, FlowKey, Meta, Outbox, Verdict};
+use crate::policy::observe;
 use crate::spec::Spec;
 use crate::stack::{Host, Locals, Stack, Stats, Wire};
 
@@ -30,6 +31,8 @@ pub struct CardStats {
     pub ignored: Arc<Counter>,
     /// Frames to the guest that were dropped for want of room.
     pub overruns: Arc<Counter>,
+    /// Questions of the resolver's that the host's socket did not take.
+    pub unasked: Arc<Counter>,
 }
 
 impl CardStats {
@@ -78,6 +81,11 @@ impl CardStats {
                 "overruns",
                 "Frames to the guest dropped for want of buffers",
                 &self.overruns,
+            ),
+            (
+                "unasked_questions",
+                "Questions to name servers that could not be sent",
+                &self.unasked,
             ),
         ] {
             registry.counter(name, help, Vec::new(), Arc::clone(counter));
@@ -134,6 +142,15 @@ pub trait Local: Locals {
     /// Whether a packet may pass.
     fn allows(&mut self, direction: Direction, meta: &Meta, now: Instant) -> bool;
 
+    /// What a server of the host's said to an [`Outbox::outgoing`].
+    fn answered(&mut self, token: u64, payload: &[u8], now: Instant, out: &mut Outbox);
+
+    /// Whether [`Self::observe`] wants to know of frames to the guest.
+    fn observes(&self) -> bool;
+
+    /// A packet went to the guest.
+    fn observe(&mut self, meta: &Meta, now: Instant);
+
     /// What is due by now.
     fn poll(&mut self, now: Instant, out: &mut Outbox);
 
@@ -150,6 +167,27 @@ pub struct Card<L> {
     /// Services and policy.
     pub local: L,
     outbox: Outbox,
+    seen: Vec<Meta>,
+}
+
+/// A wire that notes whose packets go over it.
+struct Watched<'a, W> {
+    wire: &'a mut W,
+    /// `None`: nobody wants to know.
+    seen: Option<&'a mut Vec<Meta>>,
+}
+
+impl<W: Wire> Wire for Watched<'_, W> {
+    fn has_room(&self) -> bool {
+        self.wire.has_room()
+    }
+
+    fn send(&mut self, header: NetHeader, frame: &[u8]) {
+        if let Some(seen) = &mut self.seen {
+            seen.extend(observe::outgoing(&header, frame));
+        }
+        self.wire.send(header, frame);
+    }
 }
 
 impl<L> std::fmt::Debug for Card<L> {
@@ -169,6 +207,7 @@ impl<L: Local> Card<L> {
             stack,
             local,
             outbox: Outbox::default(),
+            seen: Vec::new(),
         }
     }
 
@@ -193,7 +232,7 @@ impl<L: Local> Card<L> {
             return;
         }
         if self.local.frame(&frame, now, &mut self.outbox) == Verdict::Handled {
-            self.flush(wire);
+            self.flush(wire, host);
             return;
         }
         let Net::Ip(packet) = &frame.net else {
@@ -210,8 +249,33 @@ impl<L: Local> Card<L> {
             self.stats.denied.inc();
             return;
         }
+        let mut wire = Watched {
+            wire,
+            seen: self.local.observes().then_some(&mut self.seen),
+        };
         let (stack, local) = (&mut self.stack, &mut self.local);
-        stack.from_guest(&frame, now, wire, host, local);
+        stack.from_guest(&frame, now, &mut wire, host, local);
+        self.tell(now);
+    }
+
+    /// Tells policy what went to the guest.
+    fn tell(&mut self, now: Instant) {
+        for meta in self.seen.drain(..) {
+            self.local.observe(&meta, now);
+        }
+    }
+
+    /// What a server of the host's said to a question of the card's own.
+    pub fn answered<W: Wire, H: Host>(
+        &mut self,
+        token: u64,
+        payload: &[u8],
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+    ) {
+        self.local.answered(token, payload, now, &mut self.outbox);
+        self.flush(wire, host);
     }
 
     /// A connection to a published port: see [`Stack::accept`]. `None`: it is to be closed.
@@ -239,8 +303,13 @@ impl<L: Local> Card<L> {
             return;
         };
         if self.admits(UDP, peer, (guest, guest_port).into(), 0, now) {
+            let mut wire = Watched {
+                wire,
+                seen: self.local.observes().then_some(&mut self.seen),
+            };
             let stack = &mut self.stack;
-            stack.datagram_in(published, peer, guest_port, payload, now, wire, host);
+            stack.datagram_in(published, peer, guest_port, payload, now, &mut wire, host);
+            self.tell(now);
         }
     }
 
@@ -271,9 +340,18 @@ impl<L: Local> Card<L> {
         admits
     }
 
-    fn flush<W: Wire>(&mut self, wire: &mut W) {
+    fn flush<W: Wire, H: Host>(&mut self, wire: &mut W, host: &mut H) {
         for frame in self.outbox.frames.drain(..) {
             wire.send(NetHeader::default(), &frame);
+        }
+        for token in self.outbox.over.drain(..) {
+            host.forget(token);
+        }
+        for question in self.outbox.outgoing.drain(..) {
+            // A question that cannot be sent is one that nobody answers: the service's deadline.
+            if host.ask(&question).is_err() {
+                self.stats.unasked.inc();
+            }
         }
     }
 
@@ -281,9 +359,14 @@ impl<L: Local> Card<L> {
     pub fn run<W: Wire, H: Host>(&mut self, now: Instant, wire: &mut W, host: &mut H) {
         if self.local.deadline().is_some_and(|at| at <= now) {
             self.local.poll(now, &mut self.outbox);
-            self.flush(wire);
+            self.flush(wire, host);
         }
-        self.stack.run(now, wire, host);
+        let mut wire = Watched {
+            wire,
+            seen: self.local.observes().then_some(&mut self.seen),
+        };
+        self.stack.run(now, &mut wire, host);
+        self.tell(now);
     }
 
     /// When [`Self::run`] is to be called at the latest.

@@ -6,10 +6,11 @@
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
 use offload::cli::Listener;
-use offload::control::ControlServer;
+use offload::control::{ControlError, ControlServer};
 use offload::sandbox::Sandbox;
 use offload::stop::StopSignal;
 use offload::telemetry::Registry;
@@ -18,7 +19,12 @@ use serde_json::json;
 
 use crate::args::ServeArgs;
 use crate::device::NetDevice;
-use crate::host::publish::Published;
+use crate::host::publish::{Published, Transport};
+use crate::locals::LocalOptions;
+use crate::policy::SharedRules;
+use crate::policy::groups::GroupsSpec;
+use crate::services::imds::{Imds, MetadataSpec};
+use crate::spec::Spec;
 use crate::stack::Settings;
 
 const NAME: &str = "vhost-net";
@@ -42,7 +48,8 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         host_loopback: args.map_host_loopback.clone(),
         ..Settings::default()
     };
-    let device = Arc::new(NetDevice::new(spec, settings, None, args.queue_pairs));
+    let local = local(args, &spec)?;
+    let device = Arc::new(NetDevice::new(spec, settings, local, args.queue_pairs));
     for rule in &args.publish {
         let port = Published::open(*rule).with_context(|| format!("cannot publish {rule}"))?;
         device.publish(|ports| ports.push(Arc::new(port)));
@@ -68,6 +75,48 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     drop(backend);
     drop(control);
     served
+}
+
+/// What services and policy are told, from the files that the command line names.
+fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<LocalOptions> {
+    let groups = match &args.security_groups {
+        Some(path) => read_toml(path)?,
+        None => {
+            let mut groups = GroupsSpec::default();
+            for rule in &args.publish {
+                let protocol = match rule.transport {
+                    Transport::Tcp => "tcp",
+                    Transport::Udp => "udp",
+                };
+                groups.allow_published(protocol, rule.guest_port);
+            }
+            groups
+        }
+    };
+    let rules = SharedRules::new(groups).context("the security groups are wrong")?;
+    let mut metadata = match &args.metadata {
+        Some(path) => read_toml(path)?,
+        None => MetadataSpec::default(),
+    };
+    if let Some(path) = &args.user_data {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read user-data from {}", path.display()))?;
+        metadata.user_data = Some(text);
+    }
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).context("no randomness for the metadata service's tokens")?;
+    let imds = Imds::new(&metadata, spec, key, Instant::now()).context("the metadata are wrong")?;
+    Ok(LocalOptions {
+        rules: Some(Arc::new(rules)),
+        imds: Some(Arc::new(imds)),
+        ..LocalOptions::default()
+    })
+}
+
+fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    toml::from_str(&text).with_context(|| format!("{} is wrong", path.display()))
 }
 
 fn describe(device: &NetDevice) -> String {
@@ -99,6 +148,25 @@ fn control(
 ) -> anyhow::Result<ControlServer> {
     let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
     let about = Arc::clone(device);
+    let server = server.method("security_groups", {
+        let device = Arc::clone(device);
+        move |_| {
+            let rules = device.rules().ok_or_else(no_groups)?;
+            Ok(json!({ "spec": rules.spec(), "rules": rules.report() }))
+        }
+    });
+    let server = server.method("set_security_groups", {
+        let device = Arc::clone(device);
+        move |params| {
+            let rules = device.rules().ok_or_else(no_groups)?;
+            let spec: GroupsSpec = serde_json::from_value(params)
+                .map_err(|error| ControlError::bad_params(error.to_string()))?;
+            rules
+                .replace(spec)
+                .map_err(|error| ControlError::bad_params(error.to_string()))?;
+            Ok(json!({ "rules": rules.report() }))
+        }
+    });
     Ok(server.method("interface", move |_| {
         let spec = about.spec();
         Ok(json!({
@@ -111,6 +179,10 @@ fn control(
             }),
         }))
     }))
+}
+
+fn no_groups() -> ControlError {
+    ControlError::failed("this card has no security groups")
 }
 
 fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {

@@ -25,8 +25,7 @@ use virtio_bindings::virtio_net;
 use crate::card::{Card, CardStats};
 use crate::host::HostSockets;
 use crate::host::publish::Published;
-use crate::locals::LocalSide;
-use crate::policy::SharedRules;
+use crate::locals::{LocalOptions, LocalSide};
 use crate::spec::Spec;
 use crate::stack::{Accepts, Settings, Stack};
 
@@ -93,8 +92,8 @@ pub(crate) struct Shared {
     pub(crate) spec: Arc<Spec>,
     pub(crate) settings: Settings,
     pub(crate) stats: Arc<CardStats>,
-    /// Security groups; `None`: everything is allowed.
-    pub(crate) rules: Option<Arc<SharedRules>>,
+    /// What services and policy are told.
+    pub(crate) local: LocalOptions,
     pub(crate) acked: AtomicU64,
     /// Grows when rings start anew: what belongs to an older one is over.
     pub(crate) session: AtomicU64,
@@ -115,18 +114,13 @@ pub struct NetDevice {
 impl NetDevice {
     /// An interface with `pairs` queue pairs.
     #[must_use]
-    pub fn new(
-        spec: Spec,
-        settings: Settings,
-        rules: Option<Arc<SharedRules>>,
-        pairs: u16,
-    ) -> Self {
+    pub fn new(spec: Spec, settings: Settings, local: LocalOptions, pairs: u16) -> Self {
         Self {
             shared: Arc::new(Shared {
                 spec: Arc::new(spec),
                 settings,
                 stats: Arc::default(),
-                rules,
+                local,
                 acked: AtomicU64::new(0),
                 session: AtomicU64::new(0),
                 published: Mutex::default(),
@@ -148,6 +142,12 @@ impl NetDevice {
     #[must_use]
     pub fn stats(&self) -> &Arc<CardStats> {
         &self.shared.stats
+    }
+
+    /// The security groups, if there are any.
+    #[must_use]
+    pub fn rules(&self) -> Option<&Arc<crate::policy::SharedRules>> {
+        self.shared.local.rules.as_ref()
     }
 
     /// What the interface is.
@@ -266,7 +266,7 @@ pub(crate) fn card(
         u64::from_ne_bytes(seed),
         now,
     );
-    let local = LocalSide::new(&shared.spec, shared.rules.as_ref(), advertises, now);
+    let local = LocalSide::new(&shared.spec, &shared.local, advertises, now);
     Ok(Card::new(
         Arc::clone(&shared.spec),
         Arc::clone(&shared.stats),

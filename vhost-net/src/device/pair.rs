@@ -102,6 +102,7 @@ impl Pair {
         self.negotiated = Negotiated::new(self.shared.acked.load(Ordering::Acquire));
         self.waiting.clear();
         self.card.stack.clear(&mut self.host);
+        self.host.forget_all();
         match super::card(&self.shared, self.negotiated, self.rx == 0, self.now) {
             Ok(card) => self.card = card,
             Err(error) => tracing::error!(%error, "no randomness: the flows' seed stays"),
@@ -138,7 +139,24 @@ impl Pair {
             match happened {
                 Happened::Socket(flow, event) => self.card.stack.on_host(flow, event),
                 Happened::Published(at) => self.take_published(at, io),
+                Happened::Answer(token) => self.take_answer(token, io),
             }
+        }
+    }
+
+    fn take_answer(&mut self, token: u64, io: &mut QueueIo<'_>) {
+        while let Ok(len) = self.host.answer(token, &mut self.buffer) {
+            let payload = self.buffer.get(..len).unwrap_or_default();
+            let mut wire = RxWire {
+                queue: self.rx,
+                io,
+                negotiated: self.negotiated,
+                waiting: &mut self.waiting,
+                stats: &self.rx_stats,
+                overruns: &self.shared.stats.overruns,
+            };
+            let (now, host) = (self.now, &mut self.host);
+            self.card.answered(token, payload, now, &mut wire, host);
         }
     }
 

@@ -8,6 +8,7 @@
 //! Sockets are never asked twice for what an edge has not announced, but the first time: a socket is
 //! taken for neither readable nor writable when it is made, and epoll reports its state once.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -20,6 +21,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto,
 };
 
+use crate::local::Outgoing;
 use crate::stack::{Event, Host, Kind};
 
 pub mod publish;
@@ -32,6 +34,8 @@ const EVENTS: usize = 64;
 const EVENT_BATCHES: usize = 8;
 /// Marks the events of published ports.
 const PUBLISHED: u64 = 1 << 63;
+/// Marks the events of questions to servers.
+const ASKED: u64 = 1 << 62;
 
 struct Socket {
     fd: OwnedFd,
@@ -46,6 +50,8 @@ pub enum Happened {
     Socket(usize, Event),
     /// Somebody is at a published port.
     Published(usize),
+    /// A server has said something.
+    Answer(u64),
 }
 
 /// See the module.
@@ -54,6 +60,7 @@ pub struct HostSockets {
     sockets: Vec<Option<Socket>>,
     serial: u32,
     published: Vec<Option<Arc<Published>>>,
+    asked: HashMap<u64, OwnedFd>,
 }
 
 impl std::fmt::Debug for HostSockets {
@@ -86,6 +93,7 @@ impl HostSockets {
             sockets: Vec::new(),
             serial: 0,
             published: Vec::new(),
+            asked: HashMap::new(),
         })
     }
 
@@ -112,6 +120,10 @@ impl HostSockets {
                 let (data, flags) = (event.data.u64(), event.flags);
                 if data & PUBLISHED != 0 {
                     happened.push(Happened::Published((data & !PUBLISHED) as usize));
+                    continue;
+                }
+                if data & ASKED != 0 {
+                    happened.push(Happened::Answer(data & !ASKED));
                     continue;
                 }
                 let (flow, serial) = ((data >> 32) as usize, data as u32);
@@ -195,6 +207,22 @@ impl HostSockets {
                 None => self.published.push(Some(Arc::clone(new))),
             }
         }
+    }
+
+    /// Waits for no server any more.
+    pub fn forget_all(&mut self) {
+        self.asked.clear();
+    }
+
+    /// Takes what a server said to a question.
+    ///
+    /// # Errors
+    /// The kernel's; `WouldBlock`: nothing there.
+    pub fn answer(&mut self, token: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let fd = self.asked.get(&token);
+        let fd = fd.ok_or(io::Error::from(io::ErrorKind::NotConnected))?;
+        let (len, _) = rustix::net::recv(fd, buffer, RecvFlags::empty())?;
+        Ok(len)
     }
 
     /// A published port by its number in [`Happened::Published`].
@@ -281,8 +309,77 @@ impl Host for HostSockets {
         }
     }
 
+    fn ask(&mut self, question: &Outgoing) -> io::Result<()> {
+        let family = family(&question.to);
+        let kind = SocketType::DGRAM;
+        let fd = rustix::net::socket_with(family, kind, FLAGS, Some(ipproto::UDP))?;
+        // Connected, so that the kernel drops what others send; and it chooses a random port.
+        rustix::net::connect(&fd, &question.to)?;
+        let data = EventData::new_u64(ASKED | (question.token & !(ASKED | PUBLISHED)));
+        epoll::add(&self.epoll, &fd, data, EventFlags::IN)?;
+        rustix::net::send(&fd, &question.payload, SendFlags::NOSIGNAL)?;
+        self.asked.insert(question.token, fd);
+        Ok(())
+    }
+
+    fn forget(&mut self, token: u64) {
+        self.asked.remove(&token);
+    }
+
     fn path_mtu(&mut self, flow: usize) -> Option<u32> {
         let fd = self.fd(flow).ok()?;
         sockopt::ip_mtu(fd).or_else(|_| sockopt::ipv6_mtu(fd)).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Waits for events of that kind.
+    fn answers(host: &mut HostSockets) -> Vec<u64> {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            let mut happened = Vec::new();
+            host.take_events(&mut happened);
+            if !happened.is_empty() || Instant::now() > end {
+                let token = |it: &Happened| match it {
+                    Happened::Answer(token) => Some(*token),
+                    _ => None,
+                };
+                return happened.iter().filter_map(token).collect();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_server_is_asked_from_a_port_of_its_own_and_only_its_answer_comes_back() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = server.local_addr().unwrap();
+        let mut host = HostSockets::new().unwrap();
+        for token in [7, 8] {
+            let payload = vec![token as u8; 3];
+            let question = Outgoing { token, to, payload };
+            host.ask(&question).unwrap();
+        }
+        let mut buffer = [0; 64];
+        let (len, seven) = server.recv_from(&mut buffer).unwrap();
+        assert_eq!(buffer[..len], [7; 3]);
+        let (_, eight) = server.recv_from(&mut buffer).unwrap();
+        assert_ne!(seven, eight);
+        let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
+        stranger.send_to(b"forged", eight).unwrap();
+        server.send_to(b"answer", eight).unwrap();
+        assert_eq!(answers(&mut host), [8]);
+        let len = host.answer(8, &mut buffer).unwrap();
+        assert_eq!(&buffer[..len], b"answer");
+        assert!(host.answer(8, &mut buffer).is_err());
+        host.forget(8);
+        assert_eq!(host.asked.len(), 1);
+        assert!(host.answer(9, &mut buffer).is_err());
     }
 }

@@ -35,6 +35,7 @@ use crate::spec::Spec;
 pub mod conntrack;
 pub mod flowlog;
 pub mod groups;
+pub mod observe;
 pub mod pcap;
 
 use conntrack::{Conntrack, Timeouts};
@@ -269,6 +270,20 @@ impl Policy {
             log.record(direction, meta, decision, now);
         }
         decision
+    }
+
+    /// Follows a packet that the stack sends to the guest. It is of a flow that was let begin, or of
+    /// one that the stack goes on with while the table has forgotten it; so it is not judged.
+    pub fn observe(&mut self, meta: &Meta, now: Instant) {
+        if !self.flows.follow(Direction::In, meta, now) && begins_a_flow(meta) {
+            // A full table has counted it; the guest's next packet meets the rules.
+            let _ = self.flows.open(Direction::In, meta, now);
+        }
+        if let Some(log) = &mut self.log
+            && !is_service(&self.spec, &meta.key)
+        {
+            log.record(Direction::In, meta, Decision::Allow, now);
+        }
     }
 
     /// Decides about an ICMP error that tells of `inner`'s packet: allowed when the flow is.

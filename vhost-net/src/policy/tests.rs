@@ -234,3 +234,23 @@ fn the_flow_log_has_what_was_accepted_and_rejected_but_not_the_services() {
     accepted.sort_unstable();
     assert_eq!(accepted, [(false, 22), (true, 443)]);
 }
+
+#[test]
+fn a_flow_whose_guest_only_listens_stays_known_by_what_it_is_sent() {
+    let mut world = world(SSH);
+    let ssh = |flags| meta(6, "10.0.2.15:22", "198.51.100.9:5555", flags);
+    assert!(world.passes(In, &ssh(SYN)));
+    world.policy.observe(&ssh(SYN), world.now);
+    assert!(world.passes(Out, &ssh(SYN | ACK)));
+    world.policy.observe(&ssh(ACK), world.now);
+    world.now += Duration::from_secs(3600);
+    assert!(
+        world.passes(Out, &ssh(ACK)),
+        "no rule lets it out, the flow does"
+    );
+    // A peer that the stack shows under another address than policy was asked about.
+    let seen = meta(6, "10.0.2.15:22", "10.0.2.2:50000", SYN);
+    world.policy.observe(&seen, world.now);
+    let reply = meta(6, "10.0.2.15:22", "10.0.2.2:50000", SYN | ACK);
+    assert!(world.passes(Out, &reply));
+}

@@ -19,8 +19,8 @@
 //!
 //! What the guest can cost: one answer a frame, of bounded size, at most
 //! [`PACKETS_PER_SECOND`] a second, as a VPC allows towards link-local services; what is above is
-//! dropped and counted. Addresses of the card's for which there is no service swallow what is sent
-//! there: it never reaches the host.
+//! dropped and counted. Datagrams to ports of the card's that have no service pass on to the stack,
+//! which refuses them, or leads them to the host's loopback where it was told to.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -240,7 +240,8 @@ impl Services {
                     && (is_card || packet.destination == IpAddr::V4(Ipv4Addr::BROADCAST));
                 let is_dhcp6 =
                     port == dhcp6::SERVER_PORT && packet.destination == IpAddr::V6(dhcp6::SERVERS);
-                if is_dhcp4 || is_dhcp6 || is_card {
+                let is_dns = port == dns::PORT && is_card && self.dns.is_some();
+                if is_dhcp4 || is_dhcp6 || is_dns {
                     Kind::Udp(port)
                 } else {
                     Kind::NotOurs

@@ -39,7 +39,7 @@ use smoltcp::wire::HardwareAddress;
 
 use crate::frame::header::NetHeader;
 use crate::frame::{Frame, Net, Packet, TCP, Transport, UDP};
-use crate::local::{Direction, FlowKey, TcpService};
+use crate::local::{Direction, FlowKey, Outgoing, TcpService};
 use crate::spec::{self, Spec};
 
 mod datagram;
@@ -123,6 +123,21 @@ pub trait Host {
 
     /// What the path of a datagram socket takes, in bytes of IP packet.
     fn path_mtu(&mut self, flow: usize) -> Option<u32>;
+
+    /// Asks a server something for the card itself, from a socket of its own; what it says is handed
+    /// in with the token until [`Self::forget`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn ask(&mut self, question: &Outgoing) -> io::Result<()> {
+        let _ = question;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Waits no more for what the server says.
+    fn forget(&mut self, token: u64) {
+        let _ = token;
+    }
 }
 
 /// What services of the card's take streams.

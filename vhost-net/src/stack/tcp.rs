@@ -355,6 +355,9 @@ impl TcpFlow {
             service.end(now);
             has_moved = true;
         }
+        if !service.output().is_empty() {
+            socket.set_hop_limit(Some(service.hop_limit()));
+        }
         while socket.can_send() && !service.output().is_empty() {
             let output = service.output();
             let (front, _) = output.as_slices();
