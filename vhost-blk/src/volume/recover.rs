@@ -143,7 +143,7 @@ fn volume_key(copies: &[Vec<u8>; 2], unlock: Unlock<'_>) -> Result<(Dek, VolumeI
         Unlock::Key(key) => {
             let first = copies.iter().find_map(|copy| Superblock::peek(copy).ok());
             let (id, _) = first.ok_or(RecoverError::Foreign)?;
-            let secret = Secret32::take(&mut *Zeroizing::new(*key.secret().expose()));
+            let secret = Secret32::take(&mut Zeroizing::new(*key.secret().expose()));
             return Ok((Dek::from_secret(secret), id));
         }
     };
