@@ -29,7 +29,7 @@ const WARM_UP: u32 = 8;
 const SETTLE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_secs(5);
 /// Load of the machine above which the report warns.
-const BUSY_LOAD: f64 = 0.7;
+pub(crate) const BUSY_LOAD: f64 = 0.7;
 
 /// What `blk` takes.
 #[derive(Debug, Args)]
@@ -89,7 +89,7 @@ impl Pick {
     }
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.05..=600.0).contains(&seconds) => Ok(seconds),
         _ => Err("a run takes 0.05 to 600 seconds".to_owned()),
@@ -289,7 +289,7 @@ fn missing(programs: &[&'static str]) -> Option<&'static str> {
     programs.iter().copied().find(|program| !is_there(program))
 }
 
-fn machine_load() -> Option<f64> {
+pub(crate) fn machine_load() -> Option<f64> {
     let text = fs::read_to_string("/proc/loadavg").ok()?;
     text.split(' ').next()?.parse().ok()
 }

@@ -37,22 +37,31 @@ const FAINT: RGBColor = RGBColor(0xdd, 0xe2, 0xe7);
 /// # Errors
 /// Plotting fails.
 pub fn svg(results: &Results) -> Result<String, ChartError> {
-    let mut out = String::new();
     let bars = i32::try_from(results.targets.len()).unwrap_or(1);
     let groups = i32::try_from(results.jobs.len()).unwrap_or(1);
     let height = TOP + groups * (bars * BAR + GAP) + BOTTOM;
+    drawing(WIDTH, height, |root| draw(root, results, height))
+}
+
+/// What `draw` draws, as SVG.
+pub(crate) fn drawing(
+    width: i32,
+    height: i32,
+    draw: impl FnOnce(&Root<'_>) -> Drawn,
+) -> Result<String, ChartError> {
+    let mut out = String::new();
     {
-        let root = SVGBackend::with_string(&mut out, (WIDTH.unsigned_abs(), height.unsigned_abs()))
+        let root = SVGBackend::with_string(&mut out, (width.unsigned_abs(), height.unsigned_abs()))
             .into_drawing_area();
         let failed = |error: DrawingAreaErrorKind<std::io::Error>| ChartError(error.to_string());
-        draw(&root, results, height).map_err(failed)?;
+        draw(&root).map_err(failed)?;
         root.present().map_err(failed)?;
     }
     Ok(out)
 }
 
-type Root<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
-type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
+pub(crate) type Root<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+pub(crate) type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
 /// Bars of a target are relative to this one.
 fn reference(results: &Results) -> usize {
@@ -101,7 +110,7 @@ fn bar(
             HPos::Left,
         );
     };
-    let color = COLORS[target % COLORS.len()];
+    let color = color(target);
     let end = scale.x(ratio.median);
     root.draw(&Rectangle::new(
         [(LEFT, y + 1), (end, y + BAR - 1)],
@@ -109,17 +118,7 @@ fn bar(
     ))?;
     let middle = y + BAR / 2;
     let (low, high) = (scale.x(ratio.min), scale.x(ratio.max));
-    if high > low {
-        let whisker = INK.mix(0.7).stroke_width(1);
-        root.draw(&PathElement::new(
-            vec![(low, middle), (high, middle)],
-            whisker,
-        ))?;
-        for x in [low, high] {
-            let tick = vec![(x, middle - 3), (x, middle + 3)];
-            root.draw(&PathElement::new(tick, whisker))?;
-        }
-    }
+    whisker(root, low, high, middle)?;
     let Some(rate) = job.spread(target, |s| s.iops) else {
         return Ok(());
     };
@@ -160,7 +159,7 @@ fn frame(root: &Root<'_>, results: &Results, scale: &Scale, height: i32) -> Draw
     let mut x = LEFT;
     for (n, target) in results.targets.iter().enumerate() {
         let y = height - BOTTOM / 2;
-        let color = COLORS[n % COLORS.len()];
+        let color = color(n);
         root.draw(&Rectangle::new(
             [(x, y - 6), (x + 12, y + 6)],
             color.filled(),
@@ -171,7 +170,26 @@ fn frame(root: &Root<'_>, results: &Results, scale: &Scale, height: i32) -> Draw
     Ok(())
 }
 
-fn text(root: &Root<'_>, text: &str, at: (i32, i32), size: i32, side: HPos) -> Drawn {
+/// The colour of the bar of this number.
+pub(crate) fn color(n: usize) -> RGBColor {
+    COLORS[n % COLORS.len()]
+}
+
+/// From the smallest to the largest value, if they differ.
+pub(crate) fn whisker(root: &Root<'_>, low: i32, high: i32, y: i32) -> Drawn {
+    if high <= low {
+        return Ok(());
+    }
+    let style = INK.mix(0.7).stroke_width(1);
+    root.draw(&PathElement::new(vec![(low, y), (high, y)], style))?;
+    for x in [low, high] {
+        let tick = vec![(x, y - 3), (x, y + 3)];
+        root.draw(&PathElement::new(tick, style))?;
+    }
+    Ok(())
+}
+
+pub(crate) fn text(root: &Root<'_>, text: &str, at: (i32, i32), size: i32, side: HPos) -> Drawn {
     let style = TextStyle::from((FONT, size).into_font())
         .color(&INK)
         .pos(Pos::new(side, VPos::Center));

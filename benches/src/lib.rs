@@ -17,6 +17,9 @@
 //! `offload-benches scale` looks at one card alone on a volume that is far larger than its metadata
 //! cache: memory that it holds, reads that miss, time to open after a crash.
 //!
+//! `offload-benches noisy` measures a volume beside a noisy neighbour, and what the neighbour's limit
+//! spares it: see [`noisy`].
+//!
 //! `offload-benches net` compares the network card with passt: see [`net`].
 //!
 //! Modules, from the pure to the impure: [`job`] what is measured, [`stats`] medians and ratios,
@@ -30,6 +33,7 @@ pub mod client;
 pub mod fio;
 pub mod job;
 pub mod net;
+pub mod noisy;
 pub mod results;
 pub mod scale;
 pub mod server;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use offload_benches::{blk, net, scale};
+use offload_benches::{blk, net, noisy, scale};
 
 /// Benchmarks of the offload cards against peers
 #[derive(Debug, Parser)]
@@ -18,6 +18,8 @@ enum Command {
     Blk(blk::Options),
     /// The network card against passt, without a guest
     Net(net::Options),
+    /// A volume beside a noisy neighbour, with and without a limit on the neighbour
+    Noisy(noisy::Options),
     /// The block card on a very large volume: memory, reads that miss its cache, time to open
     Scale(scale::Options),
 }
@@ -26,6 +28,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Blk(options) => blk::run(&options),
         Command::Net(options) => net::run(&options),
+        Command::Noisy(options) => noisy::run(&options),
         Command::Scale(options) => scale::run(&options),
     }
 }

@@ -116,7 +116,7 @@ fn idle(out: &mut String, results: &Results) {
     }
 }
 
-fn table(out: &mut String, header: &[String], rows: impl Iterator<Item = Vec<String>>) {
+pub(crate) fn table(out: &mut String, header: &[String], rows: impl Iterator<Item = Vec<String>>) {
     let line = |out: &mut String, cells: &[String]| {
         let _ = writeln!(out, "| {} |", cells.join(" | "));
     };
@@ -161,7 +161,7 @@ fn percent(spread: Option<Spread>) -> String {
 }
 
 /// Three digits that matter.
-fn number(value: Option<f64>) -> String {
+pub(crate) fn number(value: Option<f64>) -> String {
     match value {
         None => MISSING.to_owned(),
         Some(value) if value.abs() >= 100.0 => format!("{value:.0}"),
