@@ -412,3 +412,30 @@ fn a_mounted_device_is_not_made_into_a_volume() {
     runs("e2fsck", &["-fn", &device.0]);
     succeeds(&["create", "--force", "--key-file", key, &device.0]);
 }
+
+#[test]
+fn a_read_only_device_is_refused_at_the_start_and_served_read_only() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can make loop devices");
+        return;
+    }
+    let files = Files::new();
+    let device = Loop::new(&files, "disk", 64 << 20, 512);
+    let key = files.text("key");
+    succeeds(&["create", "--key-file", &key, &device.0]);
+    let set = Command::new("blockdev")
+        .args(["--setro", &device.0])
+        .status();
+    assert!(set.unwrap().success());
+    let socket = files.text("sock");
+    let serve = ["serve", "--volume", &device.0, "--key-file", &key];
+    let said = fails(&[&serve[..], &["--socket-path", &socket]].concat(), 1);
+    assert!(said.contains("read-only device"), "{said}");
+    assert!(said.contains("--read-only"), "{said}");
+    assert!(!files.path("sock").exists());
+    let card = Card::start(&files, &device.0, &["--read-only"]);
+    let mut guest = Guest::new(&card);
+    assert_eq!(guest.read(0, 4096), vec![0; 4096]);
+    drop(guest);
+    card.stop();
+}

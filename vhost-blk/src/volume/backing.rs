@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -81,6 +81,11 @@ pub enum OpenError {
         "{} is in use by another process (a running card, check or export); stop it first", .0.display()
     )]
     InUse(PathBuf),
+    /// A device that takes no writes.
+    #[error(
+        "{} is a read-only device (`blockdev --getro`); make it writable, or serve with --read-only", .0.display()
+    )]
+    ReadOnlyDevice(PathBuf),
     /// A device that the kernel uses.
     #[error("{} is mounted or otherwise in use by the kernel; unmount it first", .0.display())]
     Mounted(PathBuf),
@@ -297,6 +302,10 @@ impl FileBacking {
         lock(&file, path, access)?;
         let meta = file.metadata().map_err(failed)?;
         let is_device = meta.file_type().is_block_device();
+        // The kernel opens such a device for writing, and refuses the writes.
+        if is_device && access == Access::Write && is_read_only(meta.rdev()) {
+            return Err(OpenError::ReadOnlyDevice(path.into()));
+        }
         let len = if is_device {
             // A device's metadata have no length; its end has.
             (&file).seek(SeekFrom::End(0)).map_err(failed)?
@@ -374,6 +383,14 @@ impl FileBacking {
             self.file.metadata()?.blocks() * 512
         })
     }
+}
+
+/// Whether the kernel lets nobody write to a device.
+fn is_read_only(device: u64) -> bool {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    // Without sysfs the first write tells.
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+        .is_ok_and(|flag| flag.trim() == "1")
 }
 
 fn lock(file: &File, path: &Path, access: Access) -> Result<(), OpenError> {
