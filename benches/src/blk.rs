@@ -12,11 +12,13 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use nix::unistd::Pid;
+use offload::control::ControlClient;
+use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::client::{Client, ClientError, Outcome};
 use crate::job::Job;
-use crate::results::{JobResults, Latency, Results, Sample, TargetInfo};
+use crate::results::{JobResults, Latency, OURS, Results, Sample, TargetInfo};
 use crate::server::{self, Server};
 use crate::target::{FIO, Kind, Place, is_on_path};
 use crate::{chart, fio, table};
@@ -211,6 +213,8 @@ pub(crate) fn find_card(given: Option<&Path>) -> Result<PathBuf> {
 /// A server under measurement. Its client goes first.
 struct Running {
     kind: Kind,
+    /// The card's control socket.
+    control: Option<PathBuf>,
     client: Client,
     server: Server,
 }
@@ -259,7 +263,19 @@ fn measure(
             None
         }
     };
-    let jobs = rounds(&mut running, baseline.as_deref(), settings, stop)?;
+    let (jobs, rest) = rounds(&mut running, baseline.as_deref(), settings, stop)?;
+    if rest.moved > 0 {
+        #[allow(clippy::cast_precision_loss)]
+        let mib = (rest.moved >> 8) as f64;
+        let (seconds, rounds) = (rest.time.as_secs_f64(), f64::from(settings.rounds));
+        notes.push(format!(
+            "between rounds {OURS} moved {:.0} MiB together, in {:.1} s ({:.0} MiB/s)",
+            mib / rounds,
+            seconds / rounds,
+            mib / seconds.max(0.001),
+        ));
+    }
+    resume(&running)?;
     let mut idle_load = idle(&running, stop)?;
     let mut targets: Vec<TargetInfo> = running.iter().map(|r| r.kind.info()).collect();
     if baseline.is_some() {
@@ -300,6 +316,7 @@ fn prepare(kind: Kind, place: &Place, stop: &Arc<AtomicBool>) -> Result<Running>
     let server = kind.serve(place)?;
     let mut running = Running {
         kind,
+        control: (kind == Kind::Offload).then(|| kind.control(place)),
         client: Client::connect(&kind.socket(place), Arc::clone(stop))
             .with_context(|| format!("the server says:\n{}", server.tail()))?,
         server,
@@ -357,6 +374,62 @@ impl Running {
     }
 }
 
+/// How long a card may take to move together what a round has scattered.
+const REST_LIMIT: Duration = Duration::from_secs(60);
+/// As fast as it goes.
+const NO_LIMIT: u64 = 1 << 40;
+/// The card's default, in bytes a second.
+const USUAL_RATE: u64 = 200 << 20;
+
+/// What a card did between rounds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rest {
+    moved: u64,
+    time: Duration,
+}
+
+/// Lets cards move together what was scattered, as they do while a guest asks for nothing; then stops
+/// them from doing so while others are measured.
+fn rest(running: &[Running], stop: &AtomicBool) -> Result<Rest> {
+    let mut total = Rest::default();
+    for control in running.iter().filter_map(|r| r.control.as_deref()) {
+        let mut client = ControlClient::connect(control).context("the card's control socket")?;
+        let mut ask = |rate: Option<u64>| -> Result<(u64, u64)> {
+            let params = rate.map_or(Value::Null, |rate| json!({ "rate": rate }));
+            let answer = client.call("rehome", params).context("the card's answer")?;
+            let field = |name: &str| answer.get(name).and_then(Value::as_u64).unwrap_or(0);
+            Ok((field("moved_blocks"), field("scattered_parts")))
+        };
+        let (before, _) = ask(Some(NO_LIMIT))?;
+        let begin = Instant::now();
+        let (mut moved, mut moving) = (before, None);
+        while begin.elapsed() < REST_LIMIT {
+            pause(Duration::from_millis(50), stop)?;
+            let (now, scattered) = ask(None)?;
+            if now > moved {
+                moving.get_or_insert_with(Instant::now);
+                total.time = moving.map_or(total.time, |from: Instant| from.elapsed());
+            }
+            moved = now;
+            if scattered == 0 {
+                break;
+            }
+        }
+        total.moved += moved - before;
+        ask(Some(0))?;
+    }
+    Ok(total)
+}
+
+/// Gives cards their usual behaviour back.
+fn resume(running: &[Running]) -> Result<()> {
+    for control in running.iter().filter_map(|r| r.control.as_deref()) {
+        let mut client = ControlClient::connect(control).context("the card's control socket")?;
+        client.call("rehome", json!({ "rate": USUAL_RATE }))?;
+    }
+    Ok(())
+}
+
 fn own_cpu_time() -> Result<Duration> {
     server::cpu_time(Pid::this()).context("own processor time")
 }
@@ -367,7 +440,8 @@ fn rounds(
     baseline: Option<&Path>,
     settings: &Settings,
     stop: &AtomicBool,
-) -> Result<Vec<JobResults>> {
+) -> Result<(Vec<JobResults>, Rest)> {
+    let mut rested = Rest::default();
     let count = running.len() + usize::from(baseline.is_some());
     let mut results: Vec<JobResults> = settings
         .jobs
@@ -401,9 +475,13 @@ fn rounds(
                 bar.inc(1);
             }
         }
+        bar.set_message("moving scattered blocks together");
+        let Rest { moved, time } = rest(running, stop)?;
+        rested.moved += moved;
+        rested.time += time;
     }
     bar.finish_and_clear();
-    Ok(results)
+    Ok((results, rested))
 }
 
 /// What each server uses while its client is connected and asks nothing.

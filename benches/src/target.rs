@@ -96,8 +96,8 @@ impl Kind {
             Self::Offload => (
                 OURS,
                 "vhost-blk, one queue, on a volume file; AES-256-GCM, authenticated. It writes out of \
-                 place: random writes scatter what the sequential jobs of later rounds meet, so \
-                 their spread runs from the first round to the last",
+                 place: what a round's random writes scatter is moved together between the rounds, \
+                 as it would be while a guest is idle, and not while anything is measured",
             ),
             Self::QsdRaw => (
                 raw,
@@ -133,6 +133,12 @@ impl Kind {
     #[must_use]
     pub fn socket(self, place: &Place) -> PathBuf {
         place.dir.join(self.stem()).with_extension("sock")
+    }
+
+    /// Where it answers questions; only the card does.
+    #[must_use]
+    pub fn control(self, place: &Place) -> PathBuf {
+        place.dir.join(self.stem()).with_extension("ctl")
     }
 
     fn key(self, place: &Place) -> PathBuf {
@@ -206,6 +212,8 @@ impl Kind {
                     .chain([QUEUE_SIZE.to_string().into(), "--socket-path".into()])
                     .chain([socket.into(), "--volume".into(), file.into()])
                     .chain(["--key-file".into(), key.into()])
+                    .chain(["--control-socket".into(), self.control(place).into()])
+                    .chain(args(["--rehome-rate", "0"]))
                     .collect();
             }
             Self::QsdRaw => "driver=raw,node-name=disk,file=file,cache.direct=on",
