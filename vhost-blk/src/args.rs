@@ -154,6 +154,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 32,
         value_parser = clap::value_parser!(u64).range(..=POLL_US_MAX))]
     pub poll_us: u64,
+    /// Memory for the map of where blocks are, like 64M; by the volume's size if left out: all of
+    /// its map (a 128th of the volume), at least 16M, at most 256M
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub metadata_cache: Option<u64>,
     /// Serial number that the guest sees, up to 20 ASCII characters; the volume's own if left out
     #[arg(long, value_parser = serial)]
     pub serial: Option<[u8; SERIAL_LEN]>,

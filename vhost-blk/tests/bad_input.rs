@@ -155,13 +155,28 @@ fn both_header_copies_destroyed_are_the_end() {
     assert!(said.contains("both copies"), "{said}");
 }
 
+#[test]
+fn too_little_memory_for_the_map_is_refused_with_what_is_needed() {
+    let files = Files::with_volume("16M");
+    let (socket, volume, key) = (files.text("never"), files.text("volume"), files.text("key"));
+    let serve = ["serve", "--socket-path", &socket, "--volume", &volume];
+    let cache = |size| [&serve[..], &["--key-file", &key, "--metadata-cache", size]].concat();
+    let said = fails(&cache("4M"), 1);
+    assert!(
+        said.contains("4194304 bytes is too small") && said.contains("(5 MiB)"),
+        "{said}"
+    );
+    assert!(!files.path("never").exists(), "no socket without a volume");
+}
+
 /// Where in the backing each block lies, in bytes.
 fn places(files: &Files) -> HashMap<u64, u64> {
     let key = KeySource::File(files.path("key")).load().unwrap();
     let backing = FileBacking::open(&files.path("volume"), Access::Read).unwrap();
     let recovered = recover(&backing, &key).unwrap();
     let place = |(block, entry): (u64, Entry)| (block, entry.slot().offset());
-    recovered.blocks().map(place).collect()
+    let blocks = recovered.blocks(&backing);
+    blocks.into_iter().map(place).collect()
 }
 
 #[test]

@@ -499,7 +499,7 @@ fn exercise(
     tally.opened += 1;
     let len = recovered.superblock.geometry.volume_len();
     let blocks = len / BLOCK_LEN as u64;
-    assert!(recovered.blocks().count() <= 1 << 20);
+    assert!(recovered.blocks(&**memory).len() <= 1 << 20);
     recovered.used_slots().count();
     let mut open = Opened::new(recovered, memory);
     for _ in 0..3 {

@@ -15,12 +15,14 @@ mod glass;
 mod memory;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use common::*;
 use glass::{Event, Glass};
 use memory::{Image, Memory, Opened, Sheet, material, sheet};
 use offload::testing::fuzz::Random;
+use vhost_blk::volume::map::Visit;
 use vhost_blk::volume::recover::recover;
 
 /// Blocks that the guest uses: some at the start, some over a leaf's border.
@@ -393,7 +395,11 @@ impl<'r> Replay<'r> {
         self.images += 1;
         let memory = Arc::new(Memory::new(self.run.len, image));
         let recovered = recover(&*memory, &material()).map_err(|error| error.to_string())?;
-        let damaged = recovered.map.damaged().len() + recovered.space.damaged().len();
+        let mut damaged = recovered.missing_pages();
+        let _ = recovered.each_leaf(&*memory, 0, &mut |visit| {
+            damaged += usize::from(matches!(visit, Visit::Lost(..)));
+            ControlFlow::Continue(())
+        });
         if damaged > 0 {
             return Err(format!("{damaged} pages do not authenticate"));
         }

@@ -3,18 +3,18 @@
 //! | what | how |
 //! |---|---|
 //! | header | both copies authenticate |
-//! | map and space tree | every page authenticates (opening did that) |
+//! | map and space tree | every page authenticates |
 //! | log | replayed as an opening does; a batch that the last power cut left half-written is no damage |
 //! | space | each slot is used once, and map and space tree agree on which |
 //! | data | every mapped block is read and authenticated |
 //!
-//! Blocks are read leaf by leaf by several threads, so memory does not grow with the volume beyond
-//! its map and a bit for each slot.
+//! The map is gone through twice, page by page: for the space, then for the data, which several
+//! threads read. So memory does not grow with the volume beyond two bits for each slot, the space
+//! tree, and faults, should there be many.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ops::ControlFlow;
+use std::sync::{Mutex, mpsc};
 
-use indicatif::ProgressBar;
 use offload::cli::format_size;
 use serde_json::json;
 
@@ -25,24 +25,29 @@ use crate::volume::backing::{Access, Backing};
 use crate::volume::buffer::Buffer;
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, CHUNK_SLOTS, FANOUT, Geometry, Slot};
+use crate::volume::map::Visit;
+use crate::volume::page::Page;
 use crate::volume::recover::Recovered;
+use crate::volume::sealing::Keyring;
 
 /// Problems that are listed; the rest is counted.
 const LISTED: usize = 100;
 /// Reading threads: enough to keep a disk busy while one of them decrypts.
 const THREADS: usize = 4;
+/// Stretches found that none of them has taken yet.
+const QUEUED: usize = 256;
 
 /// Checks; whether all is well.
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<bool> {
-    let (backing, recovered) = any_volume(&args.volume, args.key.source(), Access::Read)?;
+    let (backing, recovered) = any_volume(&args.volume, args.key.source(), Access::Read, None)?;
     let mut findings = Findings::default();
     if recovered.superblock.incomplete {
         findings.add("the import into it has not ended: parts of the image are missing".to_owned());
     }
     check_copies(&recovered, &mut findings);
     check_pages(&recovered, &mut findings);
-    check_space(&recovered, &mut findings);
-    let blocks = check_data(&recovered, &*backing, &mut findings);
+    let blocks = check_space(&recovered, &*backing, &mut findings);
+    check_data(&recovered, &*backing, blocks, &mut findings);
     report(args, &recovered, blocks, &findings);
     Ok(findings.count == 0)
 }
@@ -74,17 +79,10 @@ fn check_copies(recovered: &Recovered, findings: &mut Findings) {
 }
 
 fn check_pages(recovered: &Recovered, findings: &mut Findings) {
-    let blocks = recovered.superblock.geometry.blocks;
-    for (place, leaves) in recovered.map.damaged() {
-        let first = leaves.start.saturating_mul(FANOUT).min(blocks);
-        let end = leaves.end.saturating_mul(FANOUT).min(blocks);
-        findings.add(format!(
-            "{place} does not authenticate: blocks {first} to {end} are lost"
-        ));
-    }
     for (place, _) in recovered.space.damaged() {
         findings.add(format!(
-            "{place} does not authenticate: which slots are free is taken from the map"
+            "{place} does not authenticate or cannot be read: which slots are free is taken from \
+             the map"
         ));
     }
     if recovered.lost_deltas > 0 {
@@ -122,36 +120,77 @@ impl SlotSet {
         Some(is_new)
     }
 
+    /// Slots that are in both sets.
+    fn shared_with(&self, other: &Self) -> impl Iterator<Item = u64> {
+        let both = self.bits.iter().zip(&other.bits).map(|(a, b)| a & b);
+        (0_u64..).zip(both).flat_map(|(index, word)| {
+            (0..64)
+                .filter(move |bit| word & (1 << bit) != 0)
+                .map(move |bit| index * 64 + bit)
+        })
+    }
+
     fn has(&self, slot: Slot) -> bool {
         let word = self.bits.get((slot.0 / 64) as usize);
         word.is_some_and(|word| word & (1 << (slot.0 % 64)) != 0)
     }
 }
 
-fn check_space(recovered: &Recovered, findings: &mut Findings) {
+/// Goes through the map. How many blocks are mapped.
+fn check_space(recovered: &Recovered, backing: &dyn Backing, findings: &mut Findings) -> u64 {
     let geometry = recovered.superblock.geometry;
     let mut data = SlotSet::new(geometry);
-    let has_space = recovered.space.damaged().is_empty();
-    for (block, entry) in recovered.blocks() {
-        let slot = entry.slot();
-        match data.add(slot) {
-            None => findings.add(format!(
-                "block {block} is said to be in slot {}, where no data can be",
-                slot.0
-            )),
-            Some(false) => findings.add(format!(
-                "slot {} is used by block {block} and another one",
-                slot.0
-            )),
-            Some(true) if has_space && !recovered.space.is_used(slot) => findings.add(format!(
-                "slot {} holds block {block} but is said to be free",
-                slot.0
-            )),
+    let mut pages = SlotSet::new(geometry);
+    let mut add_page = |entry: Entry, findings: &mut Findings| {
+        let slot = entry.slot().0;
+        match pages.add(entry.slot()) {
             Some(true) => {}
+            Some(false) => findings.add(format!("slot {slot} is used by two pages")),
+            None => findings.add(format!(
+                "a page is said to be in slot {slot}, where none can be"
+            )),
+        }
+    };
+    for entry in recovered.space.page_entries().chain([recovered.map.root()]) {
+        if !entry.is_hole() {
+            add_page(entry, findings);
         }
     }
+    let has_space = recovered.space.damaged().is_empty();
+    let mut blocks = 0;
+    let mut has_lost = false;
+    let _ = recovered.each_leaf(backing, 0, &mut |visit| {
+        match visit {
+            Visit::Upper(_, page) => {
+                let entries = (0..FANOUT).map(|field| page.entry(field));
+                for entry in entries.filter(|entry| !entry.is_hole()) {
+                    add_page(entry, findings);
+                }
+            }
+            Visit::Leaf(leaf, page) => {
+                for block in leaf * FANOUT..(leaf + 1) * FANOUT {
+                    let entry = page.entry(block);
+                    if !entry.is_hole() {
+                        blocks += 1;
+                        let is_free = has_space && !recovered.space.is_used(entry.slot());
+                        check_slot(&mut data, block, entry.slot(), is_free, findings);
+                    }
+                }
+            }
+            Visit::Lost(place, leaves, fault) => {
+                has_lost = true;
+                let first = leaves.start.saturating_mul(FANOUT).min(geometry.blocks);
+                let end = leaves.end.saturating_mul(FANOUT).min(geometry.blocks);
+                findings.add(format!("{place} {fault}: blocks {first} to {end} are lost"));
+            }
+        }
+        ControlFlow::Continue(())
+    });
+    for slot in data.shared_with(&pages) {
+        findings.add(format!("slot {slot} is used by a page and something else"));
+    }
     // What is below a lost page of the map looks like a leak and is none.
-    if recovered.map.damaged().is_empty() {
+    if !has_lost {
         let leaked = recovered.used_slots().filter(|slot| !data.has(*slot));
         let leaked = leaked.count();
         if leaked > 0 {
@@ -160,19 +199,30 @@ fn check_space(recovered: &Recovered, findings: &mut Findings) {
             ));
         }
     }
-    let pages = recovered.map.page_entries();
-    for entry in pages.chain(recovered.space.page_entries()) {
-        match data.add(entry.slot()) {
-            Some(true) => {}
-            Some(false) => findings.add(format!(
-                "slot {} is used by a page and something else",
-                entry.slot().0
-            )),
-            None => findings.add(format!(
-                "a page is said to be in slot {}, where none can be",
-                entry.slot().0
-            )),
-        }
+    blocks
+}
+
+fn check_slot(
+    data: &mut SlotSet,
+    block: u64,
+    slot: Slot,
+    is_said_to_be_free: bool,
+    findings: &mut Findings,
+) {
+    match data.add(slot) {
+        None => findings.add(format!(
+            "block {block} is said to be in slot {}, where no data can be",
+            slot.0
+        )),
+        Some(false) => findings.add(format!(
+            "slot {} is used by block {block} and another one",
+            slot.0
+        )),
+        Some(true) if is_said_to_be_free => findings.add(format!(
+            "slot {} holds block {block} but is said to be free",
+            slot.0
+        )),
+        Some(true) => {}
     }
 }
 
@@ -182,12 +232,8 @@ struct Stretch {
     entries: Vec<Entry>,
 }
 
-fn stretches(recovered: &Recovered, leaf: u64) -> Vec<Stretch> {
-    let geometry = &recovered.superblock.geometry;
+fn stretches(geometry: &Geometry, leaf: u64, page: &Page) -> Vec<Stretch> {
     let mut list: Vec<Stretch> = Vec::new();
-    let Some(page) = recovered.map.leaf(leaf) else {
-        return list;
-    };
     for field in 0..FANOUT {
         let (block, entry) = (leaf * FANOUT + field, page.entry(field));
         if entry.is_hole() || !geometry.is_data_slot(entry.slot()) {
@@ -219,20 +265,22 @@ enum Fault {
     Unreadable,
 }
 
-/// Reads and authenticates all data. How many blocks there were.
-fn check_data(recovered: &Recovered, backing: &dyn Backing, findings: &mut Findings) -> u64 {
-    let mut leaves: Vec<u64> = recovered.map.leaves().map(|(index, _)| index).collect();
-    leaves.sort_unstable();
-    let blocks = recovered.blocks().count() as u64;
+/// Reads and authenticates all data, `blocks` blocks.
+fn check_data(recovered: &Recovered, backing: &dyn Backing, blocks: u64, findings: &mut Findings) {
     let bar = progress::bytes(blocks * BLOCK_LEN as u64, "checking");
-    let next = AtomicUsize::new(0);
+    let geometry = &recovered.superblock.geometry;
+    let keyring = &recovered.keyring;
     let faults = Mutex::new(Vec::new());
+    let (found, queue) = mpsc::sync_channel::<Stretch>(QUEUED);
+    let queue = Mutex::new(queue);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 let mut buffer = Buffer::zeroed(FANOUT as usize);
-                while let Some(leaf) = leaves.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let found = check_leaf(recovered, backing, *leaf, &mut buffer, &bar);
+                let next = || queue.lock().unwrap_or_else(|e| e.into_inner()).recv();
+                while let Ok(stretch) = next() {
+                    let found = check_stretch(keyring, backing, &stretch, &mut buffer);
+                    bar.inc(stretch.entries.len() as u64 * BLOCK_LEN as u64);
                     if !found.is_empty() {
                         let mut faults = faults.lock().unwrap_or_else(|e| e.into_inner());
                         faults.extend(found);
@@ -240,6 +288,18 @@ fn check_data(recovered: &Recovered, backing: &dyn Backing, findings: &mut Findi
                 }
             });
         }
+        // What is lost was told before.
+        let _ = recovered.each_leaf(backing, 0, &mut |visit| {
+            if let Visit::Leaf(leaf, page) = visit {
+                for stretch in stretches(geometry, leaf, page) {
+                    if found.send(stretch).is_err() {
+                        return ControlFlow::Break(());
+                    }
+                }
+            }
+            ControlFlow::Continue(())
+        });
+        drop(found);
     });
     bar.finish_and_clear();
     let mut faults = faults.into_inner().unwrap_or_else(|e| e.into_inner());
@@ -258,38 +318,29 @@ fn check_data(recovered: &Recovered, backing: &dyn Backing, findings: &mut Findi
             ),
         });
     }
-    blocks
 }
 
-fn check_leaf(
-    recovered: &Recovered,
+fn check_stretch(
+    keyring: &Keyring,
     backing: &dyn Backing,
-    leaf: u64,
+    stretch: &Stretch,
     buffer: &mut Buffer,
-    bar: &ProgressBar,
 ) -> Vec<(u64, Fault)> {
     let mut faults = Vec::new();
-    for stretch in stretches(recovered, leaf) {
-        let Some(start) = stretch.entries.first().map(|entry| entry.slot().offset()) else {
-            continue;
-        };
-        buffer.set_blocks(stretch.entries.len());
-        let is_read = backing.read_at(start, buffer).is_ok();
-        for (index, entry) in stretch.entries.iter().enumerate() {
-            let block = stretch.first + index as u64;
-            let data = buffer.block_mut(index);
-            // One bad sector must not hide the state of its neighbours.
-            if !is_read && backing.read_at(entry.slot().offset(), data).is_err() {
-                faults.push((block, Fault::Unreadable));
-            } else if recovered
-                .keyring
-                .open_block(Block(block), entry, data)
-                .is_err()
-            {
-                faults.push((block, Fault::NotAuthentic));
-            }
+    let Some(start) = stretch.entries.first().map(|entry| entry.slot().offset()) else {
+        return faults;
+    };
+    buffer.set_blocks(stretch.entries.len());
+    let is_read = backing.read_at(start, buffer).is_ok();
+    for (index, entry) in stretch.entries.iter().enumerate() {
+        let block = stretch.first + index as u64;
+        let data = buffer.block_mut(index);
+        // One bad sector must not hide the state of its neighbours.
+        if !is_read && backing.read_at(entry.slot().offset(), data).is_err() {
+            faults.push((block, Fault::Unreadable));
+        } else if keyring.open_block(Block(block), entry, data).is_err() {
+            faults.push((block, Fault::NotAuthentic));
         }
-        bar.inc(stretch.entries.len() as u64 * BLOCK_LEN as u64);
     }
     faults
 }

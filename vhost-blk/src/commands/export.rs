@@ -6,11 +6,13 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use indicatif::ProgressBar;
 use offload::cli::format_size;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use tempfile::NamedTempFile;
@@ -23,7 +25,6 @@ use crate::device::report::LogReporter;
 use crate::volume::backing::{Access, Backing};
 use crate::volume::engine::{Op, Volume};
 use crate::volume::geometry::{BLOCK_LEN, FANOUT};
-use crate::volume::recover::Recovered;
 
 /// Places that are listed; the rest is counted.
 const LISTED: usize = 20;
@@ -34,8 +35,9 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let source = std::fs::metadata(&args.volume)?;
     let len = recovered.superblock.geometry.volume_len();
     let target = Target::open(&args.image, len, args.force, (source.dev(), source.ino()))?;
-    let mut missing = lost_blocks(&recovered);
-    let runs = runs(&recovered);
+    let blocks = recovered.superblock.geometry.blocks;
+    let total = recovered.used_count() * BLOCK_LEN as u64;
+    let mut missing = Missing::default();
     let reporter = Box::new(LogReporter::new(serial_text(&recovered.superblock.serial)));
     let volume = Volume::new(
         recovered,
@@ -43,7 +45,18 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
         reporter,
     );
     let mut pump = Pump::new(&volume, backing).context("cannot set up io_uring")?;
-    let written = copy(&mut pump, runs, &target, &mut missing)?;
+    let bar = progress::bytes(total, "exporting");
+    let mut written = 0;
+    let mut next = Some(0);
+    while let Some(from) = next {
+        let runs;
+        (runs, next) = volume.mapped(from, (CHUNK / BLOCK_LEN) as u64, &mut |leaves| {
+            let end = |leaf: u64| leaf.saturating_mul(FANOUT).min(blocks);
+            missing.add(end(leaves.start)..end(leaves.end));
+        });
+        written += copy(&mut pump, runs, &target, &bar, &mut missing)?;
+    }
+    bar.finish_and_clear();
     target
         .keep(args.force)
         .with_context(|| format!("cannot make {} durable", args.image.display()))?;
@@ -53,11 +66,11 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
         format_size(len),
         format_size(written),
     );
-    if missing.is_empty() {
+    if missing.count == 0 {
         return Ok(());
     }
-    missing.sort_unstable();
-    for block in missing.iter().take(LISTED) {
+    missing.listed.sort_unstable();
+    for block in &missing.listed {
         let offset = block * BLOCK_LEN as u64;
         eprintln!(
             "unreadable: block {block}, bytes {offset} to {}",
@@ -67,31 +80,23 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<()> {
     bail!(
         "{} blocks of the volume could not be read and are zeros in the image; `vhost-blk check` \
          says why",
-        missing.len(),
+        missing.count,
     );
 }
 
-/// Stretches of mapped blocks, in order: first and how many.
-fn runs(recovered: &Recovered) -> VecDeque<(u64, u64)> {
-    let most = (CHUNK / BLOCK_LEN) as u64;
-    let mut runs: VecDeque<(u64, u64)> = VecDeque::new();
-    for (block, _) in recovered.blocks() {
-        match runs.back_mut() {
-            Some((first, count)) if *first + *count == block && *count < most => *count += 1,
-            _ => runs.push_back((block, 1)),
-        }
-    }
-    runs
+/// Blocks that could not be read: the first ones, and how many.
+#[derive(Default)]
+struct Missing {
+    listed: Vec<u64>,
+    count: u64,
 }
 
-/// Blocks below pages that do not authenticate.
-fn lost_blocks(recovered: &Recovered) -> Vec<u64> {
-    let blocks = recovered.superblock.geometry.blocks;
-    let end = |leaf: u64| leaf.saturating_mul(FANOUT).min(blocks);
-    let damaged = recovered.map.damaged().iter();
-    damaged
-        .flat_map(|(_, leaves)| end(leaves.start)..end(leaves.end))
-        .collect()
+impl Missing {
+    fn add(&mut self, blocks: Range<u64>) {
+        self.count += blocks.end.saturating_sub(blocks.start);
+        let room = LISTED.saturating_sub(self.listed.len());
+        self.listed.extend(blocks.take(room));
+    }
 }
 
 /// A file is written under another name, for its owner only (it is plaintext), and takes its place when
@@ -204,10 +209,9 @@ fn copy(
     pump: &mut Pump,
     mut runs: VecDeque<(u64, u64)>,
     target: &Target,
-    missing: &mut Vec<u64>,
+    bar: &ProgressBar,
+    missing: &mut Missing,
 ) -> anyhow::Result<u64> {
-    let total: u64 = runs.iter().map(|(_, count)| count * BLOCK_LEN as u64).sum();
-    let bar = progress::bytes(total, "exporting");
     let mut written = 0;
     loop {
         while pump.count() < DEPTH
@@ -235,10 +239,9 @@ fn copy(
                 runs.extend((first..first + count).map(|block| (block, 1)));
                 continue;
             }
-            Err(_) => missing.push(first),
+            Err(_) => missing.add(first..first + 1),
         }
         bar.inc(data.len() as u64);
     }
-    bar.finish_and_clear();
     Ok(written)
 }

@@ -34,7 +34,7 @@ pub(super) fn run(args: &InfoArgs) -> anyhow::Result<()> {
 
 fn verified(recovered: &Recovered, backing: &FileBacking) -> anyhow::Result<Value> {
     let superblock = &recovered.superblock;
-    let blocks = recovered.blocks().count() as u64;
+    let blocks = recovered.used_count();
     let health = recovered.copies.each_ref().map(|copy| match copy {
         Ok(generation) => format!("sound, generation {generation}"),
         Err(error) => format!("not usable: {error}"),
@@ -52,7 +52,7 @@ fn verified(recovered: &Recovered, backing: &FileBacking) -> anyhow::Result<Valu
         "clean": superblock.clean,
         "import_incomplete": superblock.incomplete,
         "replayed_batches": recovered.replayed,
-        "damaged_pages": recovered.map.damaged().len() + recovered.space.damaged().len(),
+        "damaged_pages": recovered.missing_pages(),
         "created_unix_s": superblock.created,
         "sessions": superblock.table.len(),
         "key_slots": slots(&superblock.key_slots),

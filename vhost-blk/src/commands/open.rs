@@ -12,7 +12,7 @@ use crate::args::KeyArgs;
 use crate::volume::backing::{Access, FileBacking};
 use crate::volume::create::create_ephemeral;
 use crate::volume::geometry::Geometry;
-use crate::volume::recover::{Recovered, recover};
+use crate::volume::recover::{Recovered, recover_with};
 use crate::volume::superblock::{SERIAL_LEN, VolumeId};
 
 /// Reads the key.
@@ -35,7 +35,20 @@ pub fn volume(
     source: Option<KeySource>,
     access: Access,
 ) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
-    let (backing, recovered) = any_volume(path, source, access)?;
+    volume_with(path, source, access, None)
+}
+
+/// As [`volume`], with `cache` bytes of memory for the map.
+///
+/// # Errors
+/// As [`volume`], or the memory is too little.
+pub fn volume_with(
+    path: &Path,
+    source: Option<KeySource>,
+    access: Access,
+    cache: Option<u64>,
+) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
+    let (backing, recovered) = any_volume(path, source, access, cache)?;
     if recovered.superblock.incomplete {
         bail!(
             "{}: the import into this volume has not ended, so parts of the image are missing; run \
@@ -54,10 +67,11 @@ pub fn any_volume(
     path: &Path,
     source: Option<KeySource>,
     access: Access,
+    cache: Option<u64>,
 ) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
     let material = key(source)?;
     let backing = FileBacking::open(path, access)?;
-    let recovered = recover(&backing, &material)
+    let recovered = recover_with(&backing, &material, cache)
         .with_context(|| format!("cannot open the volume {}", path.display()))?;
     Ok((Arc::new(backing), recovered))
 }
@@ -66,7 +80,11 @@ pub fn any_volume(
 ///
 /// # Errors
 /// The size is impossible, the place is taken, or the backing fails.
-pub(super) fn ephemeral(path: &Path, size: u64) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
+pub(super) fn ephemeral(
+    path: &Path,
+    size: u64,
+    cache: Option<u64>,
+) -> anyhow::Result<(Arc<FileBacking>, Recovered)> {
     // Before anything is made.
     let geometry = Geometry::for_volume(size)?;
     let failed = || format!("cannot make an ephemeral volume in {}", path.display());
@@ -76,7 +94,7 @@ pub(super) fn ephemeral(path: &Path, size: u64) -> anyhow::Result<(Arc<FileBacki
         .with_context(failed)?;
     let key = Dek::generate()?;
     create_ephemeral(&backing, geometry, &key).with_context(failed)?;
-    let recovered = recover(&backing, &key).with_context(failed)?;
+    let recovered = recover_with(&backing, &key, cache).with_context(failed)?;
     Ok((Arc::new(backing), recovered))
 }
 

@@ -22,7 +22,7 @@ use offload::telemetry::Registry;
 use offload::vhost_user::Backend;
 use serde_json::{Value, json};
 
-use super::open::{ephemeral, id_text, serial_text, volume};
+use super::open::{ephemeral, id_text, serial_text, volume_with};
 use super::rehome::{self, Rehomer};
 use crate::args::ServeArgs;
 use crate::device::limits::{Limits, Wire};
@@ -55,9 +55,10 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     } else {
         Access::Write
     };
+    let cache = args.metadata_cache;
     let (backing, recovered) = match args.ephemeral {
-        Some(size) => ephemeral(&args.volume, size)?,
-        None => volume(&args.volume, args.key.source(), access)?,
+        Some(size) => ephemeral(&args.volume, size, cache)?,
+        None => volume_with(&args.volume, args.key.source(), access, cache)?,
     };
     let leftover = args.ephemeral.map(|_| Arc::clone(&backing));
     tell(&recovered);
@@ -191,12 +192,12 @@ fn tell(recovered: &Recovered) {
             "the volume was not closed: replayed its log"
         );
     }
-    let pages = recovered.map.damaged().len() + recovered.space.damaged().len();
+    let pages = recovered.missing_pages();
     if pages > 0 {
         tracing::error!(
             pages,
-            "pages of the volume's map do not authenticate: what is below them reads as errors; \
-             run `vhost-blk check`"
+            "pages of the volume's map do not authenticate or cannot be read: what is below them \
+             reads as errors; run `vhost-blk check`"
         );
     }
 }

@@ -228,7 +228,7 @@ impl BlockDevice {
     pub fn register_volume(&self, registry: &Registry) {
         self.state.limits.register(registry);
         type Field = fn(&Stats) -> &AtomicU64;
-        let fields: [(Field, &'static str, &'static str); 7] = [
+        let fields: [(Field, &'static str, &'static str); 12] = [
             (
                 |s| &s.not_authentic,
                 "not_authentic",
@@ -259,6 +259,31 @@ impl BlockDevice {
                 |s| &s.backing_errors,
                 "backing_errors",
                 "Operations of the backing that failed",
+            ),
+            (
+                |s| &s.map_hits,
+                "map_hits",
+                "Leaves of the map that were needed and in memory",
+            ),
+            (
+                |s| &s.map_misses,
+                "map_misses",
+                "Pages of the map that had to be read first",
+            ),
+            (
+                |s| &s.map_evictions,
+                "map_evictions",
+                "Pages of the map that made room for others",
+            ),
+            (
+                |s| &s.map_pages,
+                "map_pages",
+                "Pages of the map in memory, 4 KiB each",
+            ),
+            (
+                |s| &s.map_unwritten,
+                "map_unwritten_pages",
+                "Pages of the map in memory whose changes are not stored yet",
             ),
         ];
         for (field, name, help) in fields {

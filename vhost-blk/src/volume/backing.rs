@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use thiserror::Error;
 
-use super::geometry::BLOCK_LEN;
+use super::geometry::{BLOCK_LEN, Slot};
+use super::read_many::{Each, in_order, in_parallel};
 
 /// Blocking access to a backing. Offsets, lengths and buffers are multiples of 4 KiB, buffers
 /// aligned to it.
@@ -28,6 +29,11 @@ pub trait Backing: Send + Sync {
     /// # Errors
     /// The backing fails or ends before.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+    /// Reads many slots, each 4 KiB. `each` is told every one of them once, by its index in
+    /// `slots`, in any order; what it is given it may change.
+    fn read_many(&self, slots: &[Slot], each: Each<'_>) {
+        in_order(slots, &|offset, into| self.read_at(offset, into), each);
+    }
     /// Writes all of `from`. Not durable before [`Backing::sync`].
     ///
     /// # Errors
@@ -423,6 +429,10 @@ impl Backing for FileBacking {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         debug_assert!(into.len().is_multiple_of(BLOCK_LEN));
         self.file.read_exact_at(into, offset)
+    }
+
+    fn read_many(&self, slots: &[Slot], each: Each<'_>) {
+        in_parallel(&self.file, slots, each);
     }
 
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {

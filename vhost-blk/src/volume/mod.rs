@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`geometry`] | sizes, blocks, slots, chunks |
 //! | [`superblock`], [`page`], [`log`], [`ring`], [`entry`] | the stored formats, pure |
-//! | [`tree`], `space`, `ranges` | map, allocator, write ranges, in memory |
+//! | [`map`], [`tree`], `space`, `ranges` | map, space tree, allocator, write ranges, in memory |
+//! | [`page_reader`], `read_many` | parallel reads of pages and slots |
 //! | [`recover`] | from a backing to an open volume |
 //! | [`engine`] | the running volume: a state machine without I/O |
 //! | [`backing`] | files and devices |
@@ -18,9 +19,12 @@ pub mod engine;
 pub mod entry;
 pub mod geometry;
 pub mod log;
+pub mod map;
 mod mutant;
 pub mod page;
+pub mod page_reader;
 mod ranges;
+mod read_many;
 pub mod recover;
 pub mod ring;
 pub mod sealing;

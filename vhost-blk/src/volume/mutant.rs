@@ -34,6 +34,16 @@ pub enum Mutant {
     MoveUnwritten,
     /// A volume's new size is written before its backing has it.
     GrowBeforeBacking,
+    /// An activation writes before what it found is durable.
+    NoFirstBarrier,
+    /// A page with changes that are stored nowhere may be forgotten.
+    EvictDirty,
+    /// A page may be forgotten while its write is under way.
+    EvictUnwritten,
+    /// What a write that was admitted needs may be forgotten before its commit.
+    TouchWithoutPin,
+    /// A leaf that is not in memory is taken for holes instead of being read.
+    MissIsHole,
 }
 
 #[cfg(test)]

@@ -137,13 +137,31 @@ impl Page {
         let mut page = Self::empty();
         let stored = stored.get(..BLOCK_LEN).ok_or(AuthError)?;
         page.0.copy_from_slice(stored);
-        session.page.open(
-            entry.sequence(),
-            &place.associated(id),
-            &mut page.0[..],
-            &entry.tag,
-        )?;
+        Self::open_in_place(&mut page.0[..], place, id, session, entry)?;
         Ok(page)
+    }
+
+    /// As [`Page::open`], where the stored page lies. On failure it is wiped.
+    ///
+    /// # Errors
+    /// It is not that page in that version.
+    pub fn open_in_place(
+        stored: &mut [u8],
+        place: PagePlace,
+        id: &VolumeId,
+        session: &Session,
+        entry: &Entry,
+    ) -> Result<(), AuthError> {
+        session
+            .page
+            .open(entry.sequence(), &place.associated(id), stored, &entry.tag)
+    }
+
+    /// The entries of an opened page's bytes.
+    pub fn entries(bytes: &[u8]) -> impl Iterator<Item = Entry> {
+        bytes
+            .chunks_exact(ENTRY_LEN)
+            .filter_map(|field| field.first_chunk().map(Entry::from_bytes))
     }
 }
 

@@ -1,19 +1,35 @@
-//! Opening a volume: from what is on disk to a map in memory. Nothing is written here.
+//! Opening a volume: from what is on disk to a state in memory. Nothing is written here.
 //!
 //! 1. The valid superblock copy with the higher generation.
-//! 2. All pages below its roots. A page that does not authenticate costs the blocks below it.
+//! 2. The space tree, and the map's pages above the leaves, which say where pages are. A page that
+//!    cannot be had costs what is below it. Leaves are read when they are needed.
 //! 3. The log records whose chain holds, batch by batch; a batch without its last record is
 //!    dropped.
 //! 4. The data of the last batch: if one slot does not authenticate, the whole batch is dropped.
 //!    It was then never acknowledged: its one barrier, which covers log and data alike, cannot
 //!    have completed. This is what makes one barrier for a commit enough.
+//! 5. What the log changes goes into the leaves, which are read for that. They stay in memory until
+//!    the next checkpoint: the budget of the process that wrote the log bounded them (see
+//!    [`map`](super::map)).
 //!
-//! What is read may still be in a volatile cache. That needs no barrier here: nothing is acted on
-//! before the activation's checkpoint, whose first barrier covers everything that was read.
+//! How many blocks and pages name a session stands in the superblock's key table, so nothing has
+//! to be counted.
+//!
+//! # Pages that cannot be had
+//! One that does not *authenticate* is lost, and so is what is below it: it may be overwritten. Of one
+//! that cannot be *read* nothing can be said; the device may give it later. If it is a leaf, its
+//! requests fail and nothing else. If it is a page above, or one that the log changes, the volume
+//! can be read, but taking writes is refused: where the pages below are is not known, and the
+//! log's changes of it would be dropped.
+//!
+//! What is read may still be in a volatile cache. Nothing is acted on before the activation's first
+//! barrier, which covers everything that was read.
 //!
 //! Batches before the last one are not verified: the next commit only began after their barrier.
 
+use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crypto::aead::Engine;
@@ -27,16 +43,21 @@ use zeroize::Zeroizing;
 use super::backing::Backing;
 use super::buffer::Buffer;
 use super::entry::Entry;
-use super::geometry::{BLOCK_LEN, FANOUT, Slot};
+use super::geometry::{BLOCK_LEN, CHUNK_SLOTS, FANOUT, Geometry, Slot};
 use super::log::{self, Delta, RECORD_BLOCKS_MAX, RecordPlace};
+use super::map::{
+    LostLeaf, MapTree, Visit, default_budget, each_leaf, load_leaves, open_upper, smallest_budget,
+};
 use super::mutant::{self, Mutant};
-use super::page::{Page, PagePlace, TreeKind};
+use super::page::{PagePlace, TreeKind};
+use super::page_reader::{PageFault, PageReader};
 use super::sealing::Keyring;
 use super::slot_reader::SlotReader;
+use super::space::Space;
 use super::superblock::{
     COPIES, COPY_LEN, Superblock, SuperblockError, VolumeId, session_context, volume_context,
 };
-use super::tree::{PageFault, Tree};
+use super::tree::Tree;
 
 /// Why a volume cannot be opened.
 #[derive(Debug, Error)]
@@ -76,7 +97,20 @@ pub enum RecoverError {
         /// Bytes that the header wants.
         need: u64,
     },
+    /// The map cannot be served in so little memory.
+    #[error(
+        "a metadata cache of {given} bytes is too small for this volume: give at least {least} ({} MiB)", least >> 20
+    )]
+    CacheTooSmall {
+        /// Bytes that were to be enough.
+        given: u64,
+        /// Bytes that are.
+        least: u64,
+    },
 }
+
+/// Deltas of the log that are put into the map together.
+const REPLAY_GROUP: usize = 64 << 10;
 
 /// Where the log stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,9 +134,21 @@ pub struct Recovered {
     /// All sessions.
     pub keyring: Keyring,
     /// Blocks to entries, log included.
-    pub map: Tree,
+    pub map: MapTree,
     /// Chunks to bitmaps, log included.
     pub space: Tree,
+    /// Slots that are in use.
+    pub(super) allocator: Space,
+    /// Chunks with pages in them.
+    pub(super) page_chunks: BTreeSet<u64>,
+    /// Blocks and pages that name a session.
+    pub(super) live: HashMap<u16, i64>,
+    /// Pages of the map, of level 1 and above, that could not be had.
+    pub missing: Vec<(PagePlace, PageFault)>,
+    /// Leaves that the log changes and that could not be had.
+    pub lost_leaves: Vec<LostLeaf>,
+    /// Whether it is known which slots are free: not if pages of both trees are lost.
+    pub is_space_known: bool,
     /// The end of the log.
     pub end: LogPoint,
     /// Log blocks in use.
@@ -191,7 +237,7 @@ fn read_copies(backing: &dyn Backing) -> io::Result<([Vec<u8>; 2], Option<io::Er
     Ok((copies, failed))
 }
 
-/// Opens a volume.
+/// Opens a volume with as much memory for its map as it gets by default.
 ///
 /// # Errors
 /// See [`RecoverError`].
@@ -199,11 +245,51 @@ pub fn recover<'a>(
     backing: &dyn Backing,
     unlock: impl Into<Unlock<'a>>,
 ) -> Result<Recovered, RecoverError> {
+    recover_with(backing, unlock, None)
+}
+
+/// Opens a volume. `cache`: bytes of memory for its map.
+///
+/// # Errors
+/// See [`RecoverError`].
+pub fn recover_with<'a>(
+    backing: &dyn Backing,
+    unlock: impl Into<Unlock<'a>>,
+    cache: Option<u64>,
+) -> Result<Recovered, RecoverError> {
+    open(backing, unlock.into(), &|geometry| {
+        let least = smallest_budget(geometry.blocks);
+        match cache {
+            Some(given) if given < least => Err(RecoverError::CacheTooSmall { given, least }),
+            Some(given) => Ok(given),
+            None => Ok(default_budget(geometry.blocks)),
+        }
+    })
+}
+
+/// As [`recover_with`], however little memory it is.
+///
+/// # Errors
+/// See [`RecoverError`].
+#[cfg(test)]
+pub(crate) fn recover_within(
+    backing: &dyn Backing,
+    material: &KeyMaterial,
+    cache: u64,
+) -> Result<Recovered, RecoverError> {
+    open(backing, material.into(), &|_| Ok(cache))
+}
+
+fn open(
+    backing: &dyn Backing,
+    unlock: Unlock<'_>,
+    budget: &dyn Fn(&Geometry) -> Result<u64, RecoverError>,
+) -> Result<Recovered, RecoverError> {
     if backing.len() < COPIES[1] + COPY_LEN as u64 {
         return Err(RecoverError::TooShort(backing.len()));
     }
     let (images, unreadable) = read_copies(backing)?;
-    let dek = match volume_key(&images, unlock.into()) {
+    let dek = match volume_key(&images, unlock) {
         Ok((dek, _)) => dek,
         Err(error) => return Err(unreadable.map_or(error, RecoverError::Io)),
     };
@@ -242,20 +328,30 @@ pub fn recover<'a>(
             .map_err(|_| RecoverError::Session(row.id))?;
         keyring.insert(row.id, Arc::new(Session::derive(Engine::default(), &key)));
     }
-    let map = load(
+    let geometry = superblock.geometry;
+    let reader = PageReader {
         backing,
-        &superblock,
-        &keyring,
-        TreeKind::Map,
-        superblock.map_root,
-    )?;
-    let space = load(
-        backing,
-        &superblock,
-        &keyring,
-        TreeKind::Space,
-        superblock.space_root,
-    )?;
+        keyring: &keyring,
+        id: superblock.id,
+        geometry,
+    };
+    let mut allocator = Space::new(geometry);
+    let mut page_chunks = BTreeSet::new();
+    let mut named = |entry: Entry| {
+        allocator.mark(entry.slot());
+        if geometry.is_data_slot(entry.slot()) {
+            page_chunks.insert(entry.slot().chunk());
+        }
+    };
+    let space = Tree::load(TreeKind::Space, superblock.space_root, &reader);
+    space.page_entries().for_each(&mut named);
+    let mut map = MapTree::new(superblock.map_root, budget(&geometry)?);
+    let missing = open_upper(&mut map, &reader, &mut named);
+    let live = superblock
+        .table
+        .iter()
+        .map(|row| (row.id, i64::try_from(row.live).unwrap_or(i64::MAX)))
+        .collect();
     let end = LogPoint {
         position: superblock.log_position,
         chain: superblock.chain,
@@ -268,6 +364,12 @@ pub fn recover<'a>(
         keyring,
         map,
         space,
+        allocator,
+        page_chunks,
+        live,
+        missing,
+        lost_leaves: Vec::new(),
+        is_space_known: true,
         end,
         log_used: 0,
         replayed: 0,
@@ -277,26 +379,8 @@ pub fn recover<'a>(
     if !recovered.superblock.clean {
         recovered.replay(backing)?;
     }
+    recovered.find_used_slots(backing);
     Ok(recovered)
-}
-
-fn load(
-    backing: &dyn Backing,
-    superblock: &Superblock,
-    keyring: &Keyring,
-    kind: TreeKind,
-    root: Entry,
-) -> io::Result<Tree> {
-    let mut reader = SlotReader::new(backing);
-    Tree::load(kind, root, &mut |place: PagePlace, entry: &Entry| {
-        let session = keyring.get(entry.session());
-        let (Some(session), true) = (session, superblock.geometry.is_data_slot(entry.slot()))
-        else {
-            return Err(PageFault::Damaged);
-        };
-        let stored = reader.read(entry.slot()).map_err(PageFault::Io)?;
-        Page::open(stored, place, &superblock.id, session, entry).map_err(|_| PageFault::Damaged)
-    })
 }
 
 impl Recovered {
@@ -351,6 +435,7 @@ impl Recovered {
 
     fn replay(&mut self, backing: &dyn Backing) -> io::Result<()> {
         let mut reader = SlotReader::new(backing);
+        let mut good = Vec::new();
         let mut next = self.next_batch(&mut reader)?;
         while let Some((deltas, point, used)) = next {
             let before = (self.end, self.log_used);
@@ -363,85 +448,238 @@ impl Recovered {
                 self.dropped = true;
                 break;
             }
-            for delta in &deltas {
-                self.apply(delta);
-            }
+            good.extend(deltas);
             self.replayed += 1;
+            if good.len() >= REPLAY_GROUP {
+                self.apply(backing, &mut good);
+            }
         }
+        self.apply(backing, &mut good);
         Ok(())
     }
 
     /// Whether the data of every delta authenticate.
     fn verify(&self, backing: &dyn Backing, deltas: &[Delta]) -> io::Result<bool> {
-        let mut data: Vec<&Delta> = deltas.iter().filter(|d| !d.entry.is_hole()).collect();
-        data.sort_unstable_by_key(|delta| delta.entry.slot());
-        let mut reader = SlotReader::new(backing);
-        for delta in data {
-            if !self.superblock.geometry.is_data_slot(delta.entry.slot()) {
-                return Ok(false);
-            }
-            let stored = reader.read(delta.entry.slot())?;
-            let opened = self.keyring.open_block(delta.block, &delta.entry, stored);
-            if opened.is_err() {
-                return Ok(false);
-            }
+        let data: Vec<&Delta> = deltas.iter().filter(|d| !d.entry.is_hole()).collect();
+        let slots: Vec<Slot> = data.iter().map(|delta| delta.entry.slot()).collect();
+        let geometry = &self.superblock.geometry;
+        if !slots.iter().all(|slot| geometry.is_data_slot(*slot)) {
+            return Ok(false);
         }
-        Ok(true)
+        let mut failed = None;
+        let mut is_authentic = true;
+        backing.read_many(
+            &slots,
+            &mut |index, outcome| match (outcome, data.get(index)) {
+                (Ok(stored), Some(delta)) => {
+                    let opened = self.keyring.open_block(delta.block, &delta.entry, stored);
+                    is_authentic &= opened.is_ok();
+                }
+                (Err(error), _) => failed = Some(error),
+                (Ok(_), None) => {}
+            },
+        );
+        match failed {
+            // One that does not authenticate tells more than one that cannot be read.
+            Some(error) if is_authentic => Err(error),
+            _ => Ok(is_authentic),
+        }
     }
 
-    /// Puts a delta into map and space tree.
-    pub fn apply(&mut self, delta: &Delta) {
-        let leaf = delta.block.0 / FANOUT;
-        if delta.block.0 >= self.superblock.geometry.blocks || self.map.is_damaged(leaf) {
-            self.lost_deltas += 1;
-            return;
-        }
-        self.map
-            .leaf_mut(leaf)
-            .set_entry(delta.block.0, delta.entry);
+    /// Puts deltas into map and space tree.
+    fn apply(&mut self, backing: &dyn Backing, deltas: &mut Vec<Delta>) {
         let geometry = self.superblock.geometry;
-        if geometry.is_data_slot(delta.old) {
-            self.space.set_used(delta.old, false);
+        let reader = PageReader {
+            backing,
+            keyring: &self.keyring,
+            id: self.superblock.id,
+            geometry,
+        };
+        let inside = |delta: &&Delta| delta.block.0 < geometry.blocks;
+        let leaves = deltas
+            .iter()
+            .filter(inside)
+            .map(|delta| delta.block.0 / FANOUT);
+        for lost in load_leaves(&mut self.map, &reader, leaves) {
+            if self.map.lose(lost.leaf) {
+                self.lost_leaves.push(lost);
+            }
         }
-        if geometry.is_data_slot(delta.entry.slot()) {
-            self.space.set_used(delta.entry.slot(), true);
+        for delta in deltas.drain(..) {
+            let leaf = delta.block.0 / FANOUT;
+            if delta.block.0 >= geometry.blocks || self.map.leaf(leaf).is_err() {
+                self.lost_deltas += 1;
+                continue;
+            }
+            let page = self.map.leaf_mut(leaf);
+            let old = page.entry(delta.block.0);
+            page.set_entry(delta.block.0, delta.entry);
+            for (entry, change) in [(old, -1), (delta.entry, 1)] {
+                if !entry.is_hole() {
+                    *self.live.entry(entry.session()).or_default() += change;
+                }
+            }
+            if geometry.is_data_slot(delta.old) {
+                self.space.set_used(delta.old, false);
+            }
+            if geometry.is_data_slot(delta.entry.slot()) {
+                self.space.set_used(delta.entry.slot(), true);
+            }
         }
     }
 
-    /// The entry of a block; `None` if its leaf is damaged or it is past the end.
-    pub fn entry(&self, block: u64) -> Option<Entry> {
-        let leaf = block / FANOUT;
-        if block >= self.superblock.geometry.blocks || self.map.is_damaged(leaf) {
-            return None;
+    /// Tells the allocator what the space tree says.
+    fn find_used_slots(&mut self, backing: &dyn Backing) {
+        if !self.space.damaged().is_empty() {
+            self.remake_bitmaps(backing);
         }
-        Some(
-            self.map
-                .leaf(leaf)
-                .map_or(Entry::HOLE, |page| page.entry(block)),
-        )
+        for (leaf, page) in self.space.leaves() {
+            for field in 0..FANOUT {
+                let first = (leaf * FANOUT + field) * CHUNK_SLOTS;
+                for (index, byte) in page.field(field).iter().enumerate() {
+                    for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
+                        self.allocator.mark(Slot(first + index as u64 * 8 + bit));
+                    }
+                }
+            }
+        }
     }
 
-    /// Every mapped block in order.
-    pub fn blocks(&self) -> impl Iterator<Item = (u64, Entry)> {
-        let mut leaves: Vec<_> = self.map.leaves().collect();
-        leaves.sort_unstable_by_key(|(index, _)| *index);
-        leaves.into_iter().flat_map(|(index, page)| {
-            (0..FANOUT)
-                .map(move |field| (index * FANOUT + field, page.entry(field)))
-                .filter(|(_, entry)| !entry.is_hole())
-        })
+    /// What a lost bitmap said stands in the map too. Without this the next checkpoint would write
+    /// an authentic one that has data slots as free.
+    fn remake_bitmaps(&mut self, backing: &dyn Backing) {
+        let geometry = self.superblock.geometry;
+        let reader = PageReader {
+            backing,
+            keyring: &self.keyring,
+            id: self.superblock.id,
+            geometry,
+        };
+        let (map, space) = (&self.map, &mut self.space);
+        let is_space_known = &mut self.is_space_known;
+        let _ = each_leaf(map, &reader, 0, &mut |visit| {
+            match visit {
+                Visit::Leaf(_, page) => {
+                    for slot in (0..FANOUT).map(|field| page.entry(field).slot()) {
+                        if geometry.is_data_slot(slot) && space.is_damaged(slot.chunk() / FANOUT) {
+                            space.set_used(slot, true);
+                        }
+                    }
+                }
+                Visit::Lost(..) => *is_space_known = false,
+                Visit::Upper(..) => {}
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Pages above the leaves, of both trees, that could not be had.
+    pub fn missing_pages(&self) -> usize {
+        self.missing.len() + self.lost_leaves.len() + self.space.damaged().len()
+    }
+
+    /// Whether something could not be read that a writer must know. See the module.
+    pub(super) fn is_unreadable(&self) -> bool {
+        let upper = self.missing.iter().map(|(_, fault)| fault);
+        let leaves = self.lost_leaves.iter().map(|lost| &lost.fault);
+        upper
+            .chain(leaves)
+            .any(|fault| *fault == PageFault::Unreadable)
+    }
+
+    /// Visits all leaves from `from` on in order, in bounded memory.
+    pub fn each_leaf(
+        &self,
+        backing: &dyn Backing,
+        from: u64,
+        visit: &mut dyn FnMut(Visit<'_>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let reader = PageReader {
+            backing,
+            keyring: &self.keyring,
+            id: self.superblock.id,
+            geometry: self.superblock.geometry,
+        };
+        each_leaf(&self.map, &reader, from, visit)
+    }
+
+    /// Every mapped block in order, all at once: for volumes that are known to be small.
+    pub fn blocks(&self, backing: &dyn Backing) -> Vec<(u64, Entry)> {
+        let mut blocks = Vec::new();
+        let _ = self.each_leaf(backing, 0, &mut |visit| {
+            if let Visit::Leaf(leaf, page) = visit {
+                blocks.extend(
+                    (0..FANOUT)
+                        .map(|field| (leaf * FANOUT + field, page.entry(field)))
+                        .filter(|(_, entry)| !entry.is_hole()),
+                );
+            }
+            ControlFlow::Continue(())
+        });
+        blocks
     }
 
     /// Every slot that the space tree has in use.
     pub fn used_slots(&self) -> impl Iterator<Item = Slot> {
         self.space.leaves().flat_map(|(leaf, page)| {
             (0..FANOUT).flat_map(move |field| {
-                let first = (leaf * FANOUT + field) * super::geometry::CHUNK_SLOTS;
+                let first = (leaf * FANOUT + field) * CHUNK_SLOTS;
                 let bits = *page.field(field);
-                (0..super::geometry::CHUNK_SLOTS)
+                (0..CHUNK_SLOTS)
                     .filter(move |bit| bits[(bit / 8) as usize] & (1 << (bit % 8)) != 0)
                     .map(move |bit| Slot(first + bit))
             })
         })
+    }
+
+    /// Slots that the space tree has in use: blocks that are mapped.
+    pub fn used_count(&self) -> u64 {
+        let bits = |page: &super::page::Page| {
+            page.0
+                .iter()
+                .map(|b| u64::from(b.count_ones()))
+                .sum::<u64>()
+        };
+        self.space.leaves().map(|(_, page)| bits(page)).sum()
+    }
+}
+
+#[cfg(test)]
+impl Recovered {
+    /// The entry of a mapped block.
+    pub(crate) fn entry(&self, backing: &dyn Backing, block: u64) -> Option<Entry> {
+        let mut blocks = self.blocks(backing).into_iter();
+        blocks.find(|(mapped, _)| *mapped == block).map(|(_, e)| e)
+    }
+
+    /// Pages of the map that cannot be had.
+    pub(crate) fn lost_pages(&self, backing: &dyn Backing) -> Vec<PagePlace> {
+        let mut lost = Vec::new();
+        let _ = self.each_leaf(backing, 0, &mut |visit| {
+            if let Visit::Lost(place, ..) = visit {
+                lost.push(place);
+            }
+            ControlFlow::Continue(())
+        });
+        lost
+    }
+
+    /// What the whole of both trees says of how often each session is named.
+    pub(crate) fn count_sessions(&self, backing: &dyn Backing) -> HashMap<u16, i64> {
+        let mut counts = HashMap::new();
+        let mut count = |entry: Entry| {
+            if !entry.is_hole() {
+                *counts.entry(entry.session()).or_default() += 1;
+            }
+        };
+        count(self.map.root());
+        self.space.page_entries().for_each(&mut count);
+        let _ = self.each_leaf(backing, 0, &mut |visit| {
+            if let Visit::Upper(_, page) | Visit::Leaf(_, page) = visit {
+                (0..FANOUT).for_each(|field| count(page.entry(field)));
+            }
+            ControlFlow::Continue(())
+        });
+        counts
     }
 }

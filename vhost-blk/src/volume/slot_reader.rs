@@ -1,14 +1,14 @@
-//! Blocking reads of slots for recovery, with read-ahead.
-//!
-//! Pages and data of a commit were written in long runs, so asking for them in order mostly asks
-//! for the next slot. One request a slot would cost a round trip to the disk each: a volume with
-//! 10 GiB written has 20,000 leaves.
+//! Blocking reads of the log for recovery, with read-ahead: records follow each other, so asking
+//! for one mostly asks for the next slot.
 
 use std::io;
 
 use super::backing::Backing;
-use super::buffer::{Buffer, Pool};
+use super::buffer::Buffer;
 use super::geometry::{BLOCK_LEN, Slot};
+
+/// Blocks that are read at a time once it is clear that it goes on.
+const AHEAD: usize = 256;
 
 /// Reads slots of a backing that nobody writes to meanwhile.
 pub struct SlotReader<'b> {
@@ -22,7 +22,7 @@ pub struct SlotReader<'b> {
 impl<'b> SlotReader<'b> {
     /// A reader of `backing`.
     pub fn new(backing: &'b dyn Backing) -> Self {
-        let mut window = Buffer::zeroed(Pool::MAX_BLOCKS);
+        let mut window = Buffer::zeroed(AHEAD);
         window.set_blocks(0);
         Self {
             backing,
@@ -44,7 +44,7 @@ impl<'b> SlotReader<'b> {
         self.last = slot.0;
         if !is_there {
             let left = (self.backing.len() / BLOCK_LEN as u64).saturating_sub(slot.0);
-            let wanted = if is_next { Pool::MAX_BLOCKS as u64 } else { 1 };
+            let wanted = if is_next { AHEAD as u64 } else { 1 };
             self.fill(slot, wanted.min(left).max(1))?;
         }
         let index = slot.0 - self.start;

@@ -1,5 +1,5 @@
-//! A tree of [`Page`]s, held in memory: the map (block to entry) or the space tree (chunk to
-//! bitmap).
+//! A tree of [`Page`]s, all of it held in memory: the space tree (chunk to bitmap), a 32,768th of
+//! what is written. The map, 256 times as large, has [`map`](super::map).
 //!
 //! Pages change in memory at once and on disk at a checkpoint: [`Tree::snapshot`] gives every
 //! dirty page a new place, from the leaves up, so that the root entry it returns names a
@@ -11,7 +11,9 @@ use std::ops::Range;
 
 use super::entry::Entry;
 use super::geometry::{FANOUT, Slot};
+use super::map::Want;
 use super::page::{Page, PagePlace, TreeKind};
+use super::page_reader::PageReader;
 
 struct Node {
     page: Page,
@@ -27,16 +29,6 @@ pub struct Tree {
     damaged: Vec<(PagePlace, Range<u64>)>,
 }
 
-/// Why a page could not be loaded.
-#[derive(Debug)]
-pub enum PageFault {
-    /// It does not authenticate, or its entry names an impossible place: the tree goes on
-    /// without what is below it.
-    Damaged,
-    /// The backing failed: nothing can be said of the page.
-    Io(std::io::Error),
-}
-
 impl Tree {
     /// A tree of holes.
     pub fn empty(kind: TreeKind) -> Self {
@@ -50,61 +42,58 @@ impl Tree {
         }
     }
 
-    /// Loads all pages below `root`. `fetch` reads and authenticates one.
-    ///
-    /// # Errors
-    /// The backing failed. A damaged page is not an error: it is kept in [`Tree::damaged`].
-    pub fn load(
-        kind: TreeKind,
-        root: Entry,
-        fetch: &mut dyn FnMut(PagePlace, &Entry) -> Result<Page, PageFault>,
-    ) -> std::io::Result<Self> {
+    /// Loads all pages below `root`. One that cannot be had is no error: it is kept in
+    /// [`Tree::damaged`].
+    pub fn load(kind: TreeKind, root: Entry, reader: &PageReader<'_>) -> Self {
         let mut tree = Self::empty(kind);
         tree.root = root;
         let top = kind.levels() - 1;
-        let mut wanted = if root.is_hole() {
-            vec![]
-        } else {
-            vec![(0, root)]
-        };
+        let mut wants = Vec::new();
+        if !root.is_hole() {
+            let place = PagePlace {
+                tree: kind,
+                level: top,
+                index: 0,
+            };
+            wants.push(Want { place, entry: root });
+        }
         for level in (0..=top).rev() {
             let mut below = Vec::new();
-            for (index, entry) in wanted {
-                let place = PagePlace {
-                    tree: kind,
-                    level,
-                    index,
+            reader.read(&wants, &mut |want, outcome| {
+                let index = want.place.index;
+                let Ok(bytes) = outcome else {
+                    let leaves = FANOUT.pow(level as u32);
+                    tree.damaged
+                        .push((want.place, index * leaves..(index + 1) * leaves));
+                    return;
                 };
-                match fetch(place, &entry) {
-                    Ok(page) => {
-                        if level > 0 {
-                            below.extend((0..FANOUT).filter_map(|field| {
-                                let child = page.entry(field);
-                                (!child.is_hole()).then_some((index * FANOUT + field, child))
-                            }));
-                        }
-                        tree.levels[level].insert(
-                            index,
-                            Node {
-                                page,
-                                is_dirty: false,
+                if level > 0 {
+                    let children = Page::entries(bytes).zip(index * FANOUT..);
+                    below.extend(children.filter(|(entry, _)| !entry.is_hole()).map(
+                        |(entry, index)| Want {
+                            place: PagePlace {
+                                tree: kind,
+                                level: level - 1,
+                                index,
                             },
-                        );
-                    }
-                    Err(PageFault::Damaged) => {
-                        let leaves = FANOUT.pow(level as u32);
-                        tree.damaged
-                            .push((place, index * leaves..(index + 1) * leaves));
-                    }
-                    Err(PageFault::Io(error)) => return Err(error),
+                            entry,
+                        },
+                    ));
                 }
-            }
-            wanted = below;
+                let mut page = Page::empty();
+                page.0.copy_from_slice(bytes);
+                let node = Node {
+                    page,
+                    is_dirty: false,
+                };
+                tree.levels[level].insert(index, node);
+            });
+            wants = below;
         }
-        Ok(tree)
+        tree
     }
 
-    /// Pages that did not authenticate, with the leaves that are lost with each.
+    /// Pages that could not be had, with the leaves that are lost with each.
     pub fn damaged(&self) -> &[(PagePlace, Range<u64>)] {
         &self.damaged
     }
@@ -251,90 +240,5 @@ impl Tree {
         let (leaf, field, byte, mask) = chunk_bit(slot);
         self.leaf(leaf)
             .is_some_and(|page| page.field(field)[byte] & mask != 0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entry(slot: u64) -> Entry {
-        Entry::new(Slot(slot), 1, slot, [7; 16])
-    }
-
-    #[test]
-    fn a_snapshot_loads_as_the_same_tree() {
-        let mut tree = Tree::empty(TreeKind::Map);
-        for block in [0u64, 1, 127, 128, 5_000_000, 128u64.pow(5) - 1] {
-            tree.leaf_mut(block / FANOUT)
-                .set_entry(block, entry(block + 1));
-        }
-        let mut store = HashMap::new();
-        let mut replaced = Vec::new();
-        let root = tree.snapshot(
-            &mut |place, page| {
-                let at = store.len() as u64 + 1000;
-                store.insert(at, (place, page.clone()));
-                entry(at)
-            },
-            &mut replaced,
-        );
-        assert!(replaced.is_empty());
-        let again = Tree::load(TreeKind::Map, root, &mut |place, entry| {
-            let (at, page) = &store[&entry.slot().0];
-            assert_eq!(*at, place);
-            Ok(page.clone())
-        })
-        .expect("loads");
-        assert_eq!(again.leaf(0).expect("leaf").entry(127), entry(128));
-        assert_eq!(
-            again.leaf(128u64.pow(4) - 1).expect("leaf").entry(127),
-            entry(128u64.pow(5))
-        );
-        assert_eq!(again.page_entries().count(), store.len());
-    }
-
-    #[test]
-    fn emptied_pages_leave_the_tree() {
-        let mut tree = Tree::empty(TreeKind::Map);
-        tree.leaf_mut(3).set_entry(5, entry(9));
-        let mut next = 100;
-        let mut place = |_: PagePlace, _: &Page| {
-            next += 1;
-            entry(next)
-        };
-        let mut replaced = Vec::new();
-        assert!(!tree.snapshot(&mut place, &mut replaced).is_hole());
-        tree.leaf_mut(3).set_entry(5, Entry::HOLE);
-        assert!(tree.snapshot(&mut place, &mut replaced).is_hole());
-        assert_eq!(replaced.len(), MAP_LEVELS_FOR_TEST);
-    }
-
-    const MAP_LEVELS_FOR_TEST: usize = super::super::geometry::MAP_LEVELS;
-
-    #[test]
-    fn a_damaged_page_takes_only_what_is_below_it() {
-        let mut tree = Tree::empty(TreeKind::Map);
-        for leaf in [0, 1, 200] {
-            tree.leaf_mut(leaf).set_entry(0, entry(leaf + 1));
-        }
-        let mut store = HashMap::new();
-        let root = tree.snapshot(
-            &mut |place, page| {
-                let at = store.len() as u64 + 1000;
-                store.insert(at, (place, page.clone()));
-                entry(at)
-            },
-            &mut Vec::new(),
-        );
-        let again = Tree::load(TreeKind::Map, root, &mut |place, entry| {
-            if place.level == 1 && place.index == 0 {
-                return Err(PageFault::Damaged);
-            }
-            Ok(store[&entry.slot().0].1.clone())
-        })
-        .expect("loads");
-        assert!(again.is_damaged(0) && again.is_damaged(127) && !again.is_damaged(128));
-        assert!(again.leaf(200).is_some() && again.leaf(0).is_none());
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! 1. The frontend's delta ring, if it brings one: records of later batches than the last on
 //!    disk, newest of each block, each one's data authenticated.
-//! 2. A new random session key, wrapped into the key table.
-//! 3. Everything that differs from the pages on disk is checkpointed under the new session; its
+//! 2. A barrier. The superblock that was read may be one that a killed process had only just
+//!    written: the slots that it gives up are those of the pages that the older copy names, which is
+//!    what counts should the power go before the newer one is durable.
+//! 3. A new random session key, wrapped into the key table.
+//! 4. Everything that differs from the pages on disk is checkpointed under the new session; its
 //!    superblock makes ring, log and session durable at one instant. A kill before it leaves the
 //!    old state and the ring as they were.
-//! 4. The ring is bound to the new session, empty.
+//! 5. The ring is bound to the new session, empty.
 //!
 //! Each activation has its own session, also after a kill: continuing the old one would need a
 //! trustworthy record of the last nonce used, and the frontend's memory is none.
@@ -23,10 +26,10 @@ use thiserror::Error;
 use super::core::{Core, PAGE_SLOTS_AHEAD, Phase};
 use crate::volume::backing::Backing;
 use crate::volume::entry::Entry;
-use crate::volume::geometry::FANOUT;
+use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
 use crate::volume::mutant::{self, Mutant};
+use crate::volume::page_reader::PageFault;
 use crate::volume::ring::{self, RingError, RingMemory, RingState, RingWriter};
-use crate::volume::slot_reader::SlotReader;
 use crate::volume::space::Run;
 use crate::volume::superblock::{COUNTER_MAX, KeyEntry, TABLE_MAX, session_context};
 
@@ -77,6 +80,12 @@ pub enum AttachError {
         "damaged pages of both trees leave it unknown which slots are free; serve with --read-only and export"
     )]
     UnknownSpace,
+    /// Pages that must be known before anything is written cannot be read.
+    #[error(
+        "the backing cannot read pages of the map that the volume needs to take writes: copy it to a good \
+         device, or serve with --read-only and export"
+    )]
+    Unreadable,
     /// A commit is under way.
     #[error("the volume is still busy with its last frontend")]
     Busy,
@@ -128,8 +137,14 @@ impl Core {
                 return stale(session, self.superblock.session);
             }
         }
-        if !self.map.damaged().is_empty() && !self.space_tree.damaged().is_empty() {
+        if !self.is_space_known {
             return Err(AttachError::UnknownSpace);
+        }
+        if self.is_unreadable {
+            return Err(AttachError::Unreadable);
+        }
+        if !mutant::is(Mutant::NoFirstBarrier) {
+            backing.sync()?;
         }
         self.find_page_slots();
         self.draw_session()?;
@@ -180,7 +195,19 @@ impl Core {
             .ok_or(RingError::NotAuthentic)?;
         let mut newest: HashMap<u64, Entry> = HashMap::new();
         let mut last_batch = self.applied.batch;
-        for delta in ring::read_records(memory, &session)? {
+        let records = ring::read_records(memory, &session)?;
+        let inside = |block: &u64| *block < self.geometry.blocks;
+        let blocks: Vec<u64> = records
+            .iter()
+            .map(|delta| delta.block.0)
+            .filter(inside)
+            .collect();
+        let leaves = blocks.iter().map(|block| block / FANOUT);
+        let lost = self.load_now(backing, leaves);
+        if lost.iter().any(|lost| lost.fault == PageFault::Unreadable) {
+            return Err(AttachError::Unreadable);
+        }
+        for delta in records {
             if delta.batch <= self.applied.batch && !mutant::is(Mutant::ReplayAllRing) {
                 continue;
             }
@@ -193,7 +220,7 @@ impl Core {
             let known = newest
                 .get(&block)
                 .copied()
-                .or_else(|| self.entry(block))
+                .or_else(|| self.entry(block).ok())
                 .unwrap_or(Entry::HOLE);
             if known.session() != session_id || known.sequence() < delta.entry.sequence() {
                 newest.insert(block, delta.entry);
@@ -202,18 +229,14 @@ impl Core {
         let mut winners: Vec<(u64, Entry)> = newest.into_iter().collect();
         winners.sort_unstable_by_key(|(_, entry)| entry.slot());
         // All are verified before anything changes.
-        let mut reader = SlotReader::new(backing);
         for (block, entry) in &winners {
             let is_possible =
                 self.geometry.is_data_slot(entry.slot()) && !self.space.is_used(entry.slot());
-            if !is_possible || self.map.is_damaged(block / FANOUT) {
+            if !is_possible || self.map.leaf(block / FANOUT).is_err() {
                 return Err(AttachError::RingMismatch(*block));
             }
-            let stored = reader.read(entry.slot())?;
-            self.keyring
-                .open_block(crate::volume::geometry::Block(*block), entry, stored)
-                .map_err(|_| AttachError::RingMismatch(*block))?;
         }
+        self.verify_ring(backing, &winners)?;
         for (block, entry) in winners {
             self.space.mark(entry.slot());
             let page = self.map.leaf_mut(block / FANOUT);
@@ -232,6 +255,29 @@ impl Core {
         Ok(())
     }
 
+    /// Whether the backing has the data that a ring names.
+    fn verify_ring(
+        &self,
+        backing: &dyn Backing,
+        winners: &[(u64, Entry)],
+    ) -> Result<(), AttachError> {
+        let slots: Vec<Slot> = winners.iter().map(|(_, entry)| entry.slot()).collect();
+        let mut outcome = Ok(());
+        backing.read_many(&slots, &mut |index, read| {
+            let Some((block, entry)) = winners.get(index) else {
+                return;
+            };
+            let verified = read.map_err(AttachError::Io).and_then(|stored| {
+                let opened = self.keyring.open_block(Block(*block), entry, stored);
+                opened.map_err(|_| AttachError::RingMismatch(*block))
+            });
+            if outcome.is_ok() {
+                outcome = verified;
+            }
+        });
+        outcome
+    }
+
     /// Draws this activation's key. It becomes durable with the next superblock.
     fn draw_session(&mut self) -> Result<(), AttachError> {
         if mutant::is(Mutant::SameSession) && self.superblock.session > 1 {
@@ -242,14 +288,12 @@ impl Core {
                 .map(|session| (id, Arc::clone(session)));
             return Ok(());
         }
+        // What is below a lost page still counts: should the page come back, from a backup or a
+        // better disk, its blocks need their keys.
         let live = &self.live;
-        if self.map.damaged().is_empty() && self.space_tree.damaged().is_empty() {
-            // Below a damaged page any session may be named: should the page come back, from a
-            // backup or a better disk, its blocks need their keys.
-            self.superblock
-                .table
-                .retain(|row| live.get(&row.id).is_some_and(|count| *count > 0));
-        }
+        self.superblock
+            .table
+            .retain(|row| live.get(&row.id).is_some_and(|count| *count > 0));
         if self.superblock.table.len() >= TABLE_MAX {
             return Err(AttachError::TableFull);
         }
@@ -309,8 +353,8 @@ impl Core {
                 outcome = outcome.and(Err(AttachError::Full));
                 break;
             };
-            let first = crate::volume::geometry::Slot(run.start).offset();
-            let len = run.len * crate::volume::geometry::BLOCK_LEN as u64;
+            let first = Slot(run.start).offset();
+            let len = run.len * BLOCK_LEN as u64;
             match backing.allocate(first, len) {
                 Ok(()) => self.space.add_page_slots(run),
                 Err(error) => {

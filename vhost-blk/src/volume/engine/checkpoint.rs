@@ -12,7 +12,7 @@ use super::JobWrite;
 use super::core::Core;
 use crate::volume::buffer::{Buffer, Pool};
 use crate::volume::entry::Entry;
-use crate::volume::geometry::{BLOCK_LEN, FANOUT, Slot};
+use crate::volume::geometry::{BLOCK_LEN, Slot};
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::recover::LogPoint;
 use crate::volume::superblock::{COPIES, KeyEntry, Superblock};
@@ -71,10 +71,7 @@ impl Core {
             return None;
         }
         self.wants_checkpoint = false;
-        self.touched.clear();
-        let uncommitted = self.open.keys().chain(self.sealed.keys());
-        self.touched.extend(uncommitted.map(|block| block / FANOUT));
-        self.touched_before = self.landing;
+        self.retouch();
         if mutant::is(Mutant::EarlyPageFree) {
             let pages = self
                 .map
@@ -143,6 +140,8 @@ impl Core {
             table: table.collect(),
             ..self.superblock.clone()
         };
+        // Leaves that were touched before may be touched anew.
+        self.feed_starved();
         let log_blocks = self.log_used;
         self.checkpoint = Some(Checkpoint {
             superblock,
@@ -186,6 +185,7 @@ impl Core {
                 self.space.give_page_slot(slot);
             }
         }
+        self.map.written();
         self.log_used -= log_blocks;
         self.backing_full = false;
         self.page_goal = 0;

@@ -14,6 +14,7 @@
 use super::core::{Core, Deltas, Event};
 use super::{Failure, JobWrite};
 use crate::volume::buffer::Buffer;
+use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
 use crate::volume::log::{self, Delta, RECORD_DELTAS_MAX, RecordPlace};
 use crate::volume::mutant::{self, Mutant};
@@ -58,10 +59,11 @@ impl Core {
             .map(|(block, entry)| Delta {
                 block: Block(*block),
                 entry: *entry,
+                // Known: it was touched when the change was admitted.
                 old: self
                     .map
                     .leaf(block / FANOUT)
-                    .map_or(crate::volume::entry::Entry::HOLE, |page| page.entry(*block))
+                    .map_or(Entry::HOLE, |leaf| leaf.entry(*block))
                     .slot(),
             })
             .collect();

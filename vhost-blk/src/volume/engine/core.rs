@@ -11,7 +11,7 @@
 //! map     committed: in the log, or in the pages on disk
 //! ```
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -20,11 +20,13 @@ use crypto::session::Session;
 
 use super::checkpoint::Checkpoint;
 use super::commit::Commit;
+use super::pages::Load;
 use super::rehome::Scattered;
 use super::{Failure, WakeLane};
 use crate::volume::entry::Entry;
-use crate::volume::geometry::{Block, FANOUT, Geometry, Slot};
+use crate::volume::geometry::{Block, CHUNK_SLOTS, FANOUT, Geometry, Slot};
 use crate::volume::log::{RECORD_BLOCKS_MAX, RECORD_DELTAS_MAX};
+use crate::volume::map::{MapTree, Missing};
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::ranges::{Held, Ranges, Ticket};
 use crate::volume::recover::{LogPoint, Recovered};
@@ -50,6 +52,8 @@ pub(super) enum Event {
     Committed(u32, Result<(), Failure>),
     /// Room may be found now: try stalled pieces again.
     Room,
+    /// The page that a piece waits for was read, or cannot be had.
+    Page(u32, Result<(), Failure>),
 }
 
 pub(super) struct Inbox {
@@ -79,7 +83,7 @@ pub struct Core {
     pub(super) keyring: Arc<Keyring>,
     pub(super) keyring_version: u64,
     pub(super) session: Option<(u16, Arc<Session>)>,
-    pub(super) map: Tree,
+    pub(super) map: MapTree,
     pub(super) space_tree: Tree,
     pub(super) space: Space,
     pub(super) open: Deltas,
@@ -126,12 +130,18 @@ pub struct Core {
     pub(super) scattered: Scattered,
     /// Rounds of lanes with requests of a guest.
     pub(super) activity: u64,
-    /// Leaves that writes were admitted to since the last checkpoint began.
-    pub(super) touched: HashSet<u64, foldhash::fast::RandomState>,
-    /// Blocks that were landing when it began.
-    pub(super) touched_before: usize,
     /// Blocks admitted and not yet published.
     pub(super) landing: usize,
+    /// How many of them are in which leaf.
+    pub(super) landing_leaves: HashMap<u64, u32, foldhash::fast::RandomState>,
+    /// Pages of the map that are being read.
+    pub(super) loads: HashMap<u64, Load, foldhash::fast::RandomState>,
+    /// Chunks with pages in them, until an activation sets the rest of them aside for pages.
+    pub(super) page_chunks: BTreeSet<u64>,
+    /// Whether it is known which slots are free.
+    pub(super) is_space_known: bool,
+    /// Pages that a writer must know could not be read.
+    pub(super) is_unreadable: bool,
 }
 
 /// Page slots that are got before they are needed.
@@ -146,18 +156,23 @@ const ROOM_COMMIT_MIN: usize = 2048;
 impl Core {
     /// The state of a volume that was just opened.
     pub fn new(recovered: Recovered) -> Self {
+        let is_unreadable = recovered.is_unreadable();
         let Recovered {
             superblock,
             dek,
             keyring,
             map,
             space: space_tree,
+            allocator,
+            page_chunks,
+            live,
+            is_space_known,
             end,
             log_used,
             ..
         } = recovered;
         let geometry = superblock.geometry;
-        let mut core = Self {
+        Self {
             phase: Phase::Opened,
             is_poisoned: false,
             geometry,
@@ -165,7 +180,7 @@ impl Core {
             keyring: Arc::new(keyring),
             keyring_version: 0,
             session: None,
-            space: Space::new(geometry),
+            space: allocator,
             map,
             space_tree,
             open: Deltas::default(),
@@ -192,111 +207,50 @@ impl Core {
             backing_full: false,
             can_punch: true,
             punches: 0,
-            live: HashMap::new(),
+            live,
             scattered: Scattered::new(geometry.blocks),
             activity: 0,
-            touched: HashSet::default(),
-            touched_before: 0,
             landing: 0,
+            landing_leaves: HashMap::default(),
+            loads: HashMap::default(),
+            page_chunks,
+            is_space_known,
+            is_unreadable,
             superblock,
-        };
-        core.find_used_slots();
-        core
-    }
-
-    /// Fills the allocator: what the space tree says, what the map says (they agree unless pages
-    /// are damaged), and the pages of both trees.
-    fn find_used_slots(&mut self) {
-        let Self {
-            space,
-            map,
-            space_tree,
-            live,
-            geometry,
-            ..
-        } = self;
-        if !space_tree.damaged().is_empty() {
-            // What a damaged bitmap said stands in the map too. Without this the next checkpoint
-            // would write an authentic one that has data slots as free.
-            let slots = map.leaves().flat_map(|(_, page)| {
-                (0..FANOUT).filter_map(|field| {
-                    let entry = page.entry(field);
-                    (!entry.is_hole()).then_some(entry.slot())
-                })
-            });
-            for slot in slots.filter(|slot| geometry.is_data_slot(*slot)) {
-                if space_tree.is_damaged(slot.chunk() / FANOUT) {
-                    space_tree.set_used(slot, true);
-                }
-            }
-        }
-        for (leaf, page) in space_tree.leaves() {
-            for field in 0..FANOUT {
-                let first = (leaf * FANOUT + field) * crate::volume::geometry::CHUNK_SLOTS;
-                for (index, byte) in page.field(field).iter().enumerate() {
-                    for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
-                        space.mark(Slot(first + index as u64 * 8 + bit));
-                    }
-                }
-            }
-        }
-        for (_, page) in map.leaves() {
-            for field in 0..FANOUT {
-                let entry = page.entry(field);
-                if !entry.is_hole() {
-                    space.mark(entry.slot());
-                    *live.entry(entry.session()).or_default() += 1;
-                }
-            }
-        }
-        for entry in map.page_entries().chain(space_tree.page_entries()) {
-            *live.entry(entry.session()).or_default() += 1;
-        }
-        for entry in map.page_entries().chain(space_tree.page_entries()) {
-            space.mark(entry.slot());
         }
     }
 
     /// Sets the free slots of chunks that hold only pages aside for pages. Not before a ring was
     /// taken over: it names data slots that nothing else knows of.
     pub(super) fn find_page_slots(&mut self) {
-        let Self {
-            space,
-            map,
-            space_tree,
-            ..
-        } = self;
-        for entry in map.page_entries().chain(space_tree.page_entries()) {
-            space.adopt_page_chunk(entry.slot(), &|slot| space_tree.is_used(slot));
+        let (space, space_tree) = (&mut self.space, &self.space_tree);
+        for chunk in std::mem::take(&mut self.page_chunks) {
+            space.adopt_page_chunk(Slot(chunk * CHUNK_SLOTS), &|slot| space_tree.is_used(slot));
         }
     }
 
-    /// Notes that blocks are about to change: their leaves have to be in the next checkpoint.
-    pub(super) fn touch(&mut self, first: u64, count: u64) {
-        self.touched
-            .extend(first / FANOUT..=(first + count - 1) / FANOUT);
+    /// A block's newest entry that is not committed yet.
+    pub(super) fn uncommitted(&self, block: u64) -> Option<Entry> {
+        let entry = self.open.get(&block).or_else(|| self.sealed.get(&block));
+        entry.copied()
     }
 
-    /// A block's newest acknowledged entry; `None` if its map leaf is damaged.
-    pub(super) fn entry(&self, block: u64) -> Option<Entry> {
-        if let Some(entry) = self.open.get(&block).or_else(|| self.sealed.get(&block)) {
-            return Some(*entry);
+    /// A block's newest acknowledged entry.
+    pub(super) fn entry(&self, block: u64) -> Result<Entry, Missing> {
+        match self.uncommitted(block) {
+            Some(entry) => Ok(entry),
+            None => self.committed(block),
         }
-        self.committed(block)
     }
 
-    pub(super) fn committed(&self, block: u64) -> Option<Entry> {
-        let leaf = block / FANOUT;
-        match self.map.leaf(leaf) {
-            Some(page) => Some(page.entry(block)),
-            None if self.map.is_damaged(leaf) => None,
-            None => Some(Entry::HOLE),
-        }
+    pub(super) fn committed(&self, block: u64) -> Result<Entry, Missing> {
+        Ok(self.map.leaf(block / FANOUT)?.entry(block))
     }
 
     /// Makes `entry` what `block` reads as, unless a later write of the same session already is.
     /// `is_in_ring`: the delta ring holds it.
     pub(super) fn publish(&mut self, block: Block, entry: Entry, is_in_ring: bool) {
+        // Known: its leaf stays from the admission of the write on.
         let current = self.entry(block.0).unwrap_or(Entry::HOLE);
         if !entry.is_hole()
             && current.session() == entry.session()
@@ -324,7 +278,7 @@ impl Core {
                 self.ring_only.push(never_committed.slot());
             }
         } else if mutant::is(Mutant::EarlyFree)
-            && let Some(old) = self.committed(block.0)
+            && let Ok(old) = self.committed(block.0)
             && !old.is_hole()
         {
             self.space.retire(vec![old.slot()], false);
@@ -361,10 +315,7 @@ impl Core {
     /// Page slots that a checkpoint takes at most once everything admitted so far is committed,
     /// and `blocks` more changed blocks in `leaves` leaves besides.
     pub(super) fn page_slots_needed(&self, leaves: usize, blocks: usize) -> usize {
-        let changed = self
-            .map
-            .dirty_leaves()
-            .max(self.touched.len() + self.touched_before);
+        let changed = self.map.dirty_leaves().max(self.map.touched_leaves());
         // Each block leaves a slot and takes one, anywhere: two bitmaps.
         let uncommitted = self.open.len() + self.sealed.len() + self.landing + blocks;
         let bitmaps = self.space_tree.dirty_leaves() + 2 * uncommitted;
@@ -422,6 +373,8 @@ impl Core {
             && self.phase == Phase::Serving
             && !self.open.is_empty()
             && (!self.flush_waiters.is_empty()
+                || (self.is_pinned_high()
+                    && self.map.dirty_leaves() * 2 < self.map.touched_leaves())
                 || self.open.len() >= self.open_max() / 2
                 || self.ring_pressure
                 || self.is_short_of_room()
@@ -434,7 +387,10 @@ impl Core {
             && !self.is_mirroring
             && !self.is_poisoned
             && self.phase == Phase::Serving
-            && (self.wants_checkpoint || self.log_used > self.geometry.log_blocks() / 2)
+            && (self.wants_checkpoint
+                || (self.is_pinned_high()
+                    && self.map.dirty_leaves() * 2 >= self.map.touched_leaves())
+                || self.log_used > self.geometry.log_blocks() / 2)
     }
 
     /// Whether more slots for pages should be allocated.

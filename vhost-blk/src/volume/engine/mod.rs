@@ -17,6 +17,7 @@ mod commit;
 mod core;
 mod grow;
 mod lane;
+mod pages;
 mod rehome;
 mod request;
 mod volume;
@@ -94,6 +95,16 @@ pub struct Stats {
     pub checkpoints: AtomicU64,
     /// Reads, writes and barriers of the backing that failed.
     pub backing_errors: AtomicU64,
+    /// Leaves of the map that were asked for and in memory.
+    pub map_hits: AtomicU64,
+    /// Pages of the map that were read as they were not in memory.
+    pub map_misses: AtomicU64,
+    /// Pages of the map that were forgotten for others.
+    pub map_evictions: AtomicU64,
+    /// Pages of the map that are in memory now.
+    pub map_pages: AtomicU64,
+    /// Of these, changed ones that are not stored yet.
+    pub map_unwritten: AtomicU64,
 }
 
 impl Stats {

@@ -120,7 +120,7 @@ impl Core {
         if self.open.contains_key(&block) || self.sealed.contains_key(&block) {
             return None;
         }
-        self.committed(block).filter(|entry| !entry.is_hole())
+        self.committed(block).ok().filter(|entry| !entry.is_hole())
     }
 
     /// The block that was `from` has landed as `to`. Returns whether that counts.

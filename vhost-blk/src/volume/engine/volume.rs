@@ -1,6 +1,8 @@
 //! A volume that is open: what lanes share, and the blocking calls of the control plane.
 
+use std::collections::VecDeque;
 use std::io;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -14,7 +16,9 @@ use super::lane::Lane;
 use super::request::{IoKind, Op, Payload, PayloadFault};
 use super::{Failure, Reporter, Stats, WakeLane};
 use crate::volume::backing::{Backing, Room};
-use crate::volume::geometry::BLOCK_LEN;
+use crate::volume::geometry::{BLOCK_LEN, FANOUT};
+use crate::volume::map::{Visit, each_leaf};
+use crate::volume::page_reader::PageReader;
 use crate::volume::recover::Recovered;
 use crate::volume::ring::RingMemory;
 use crate::volume::superblock::{SERIAL_LEN, VolumeId};
@@ -25,6 +29,7 @@ pub struct Shared {
     sequence: AtomicU64,
     session: OnceLock<(u16, Arc<Session>)>,
     volume_len: Arc<AtomicU64>,
+    id: VolumeId,
     stats: Stats,
     reporter: Box<dyn Reporter>,
     /// Held by a slice of moves, and by those who want none under way.
@@ -37,6 +42,7 @@ impl Shared {
         let core = Core::new(recovered);
         let volume_len = Arc::clone(&core.volume_len);
         Arc::new(Self {
+            id: core.superblock.id,
             core: Mutex::new(core),
             sequence: AtomicU64::new(1),
             session: OnceLock::new(),
@@ -86,6 +92,10 @@ impl Shared {
             free: (total - used) * BLOCK_LEN as u64,
             total: total * BLOCK_LEN as u64,
         }
+    }
+
+    pub(super) fn id(&self) -> &VolumeId {
+        &self.id
     }
 
     /// Counters.
@@ -256,7 +266,7 @@ impl Volume {
 
     /// Its id.
     pub fn id(&self) -> VolumeId {
-        self.shared.lock().superblock.id
+        self.shared.id
     }
 
     /// What GET_ID answers.
@@ -267,6 +277,53 @@ impl Volume {
     /// Whether it can be written now.
     pub fn phase(&self) -> Phase {
         self.shared.lock().phase
+    }
+
+    /// Stretches of at most `longest` mapped blocks, from block `from` on: first block and how
+    /// many. Not many at a time: where to go on comes with them, `None` if there is nothing more.
+    /// Leaves that cannot be had are told to `lost`. Blocking; no lane may have writes.
+    pub fn mapped(
+        &self,
+        from: u64,
+        longest: u64,
+        lost: &mut dyn FnMut(Range<u64>),
+    ) -> (VecDeque<(u64, u64)>, Option<u64>) {
+        const ENOUGH: usize = 4096;
+        let core = self.shared.lock();
+        let reader = PageReader {
+            backing: &*self.backing,
+            keyring: &core.keyring,
+            id: self.shared.id,
+            geometry: core.geometry,
+        };
+        let mut runs: VecDeque<(u64, u64)> = VecDeque::new();
+        let mut next = None;
+        let from = from.div_ceil(FANOUT);
+        let _ = each_leaf(&core.map, &reader, from, &mut |visit| {
+            let (leaf, page) = match visit {
+                Visit::Leaf(leaf, page) => (leaf, page),
+                Visit::Upper(..) => return ControlFlow::Continue(()),
+                Visit::Lost(_, leaves, _) => {
+                    lost(leaves.start.max(from)..leaves.end);
+                    return ControlFlow::Continue(());
+                }
+            };
+            if runs.len() >= ENOUGH {
+                next = Some(leaf * FANOUT);
+                return ControlFlow::Break(());
+            }
+            let blocks = (leaf * FANOUT..(leaf + 1) * FANOUT).filter(|b| !page.entry(*b).is_hole());
+            for block in blocks {
+                match runs.back_mut() {
+                    Some((first, count)) if *first + *count == block && *count < longest => {
+                        *count += 1;
+                    }
+                    _ => runs.push_back((block, 1)),
+                }
+            }
+            ControlFlow::Continue(())
+        });
+        (runs, next)
     }
 
     /// Makes the volume writable for a frontend that keeps `ring` (or none), taking over what a

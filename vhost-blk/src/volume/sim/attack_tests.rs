@@ -18,7 +18,8 @@ use crate::volume::engine::{
 };
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, CHUNK_LEN};
-use crate::volume::recover::{RecoverError, recover};
+use crate::volume::page::{PagePlace, TreeKind};
+use crate::volume::recover::{RecoverError, Recovered, recover};
 use crate::volume::ring::{self, RingError, RingMemory};
 use crate::volume::superblock::COPIES;
 
@@ -89,8 +90,8 @@ impl Bench {
     fn entry(&self, block: u64) -> Entry {
         recover(&*self.disk, &material())
             .expect("opens")
-            .entry(block)
-            .expect("has a leaf")
+            .entry(&*self.disk, block)
+            .expect("is mapped")
     }
 
     fn sheet(&self, offset: u64) -> Vec<u8> {
@@ -131,6 +132,13 @@ impl Running {
             durable: false,
         };
         self.request(op, vec![byte; BLOCK_LEN]).map(|_| ())
+    }
+
+    fn not_authentic(&self) -> u64 {
+        let stats = self.volume.shared().stats();
+        stats
+            .not_authentic
+            .load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// The byte that all of the block is.
@@ -245,11 +253,24 @@ fn an_old_or_zeroed_map_page_costs_its_blocks_and_never_shows_old_data_or_holes(
                 other => panic!("a forged page gave {other:?}"),
             }
             let recovered = recover(&*bench.disk, &material()).expect("opens");
-            assert_eq!(recovered.map.damaged().len(), 1, "the page is named");
+            assert_eq!(
+                recovered.lost_pages(&*bench.disk).len(),
+                1,
+                "the page is named"
+            );
             bench.disk.restore(image.clone());
         }
     }
     assert_eq!(bench.read(1), Ok(12));
+}
+
+fn leaf_entry(recovered: &Recovered, index: u64) -> Entry {
+    let place = PagePlace {
+        tree: TreeKind::Map,
+        level: 0,
+        index,
+    };
+    recovered.map.stored_as(place).expect("its parent is here")
 }
 
 #[test]
@@ -257,7 +278,7 @@ fn writes_below_a_damaged_map_page_fail_and_others_go_on() {
     let bench = Bench::new();
     bench.write(&[(1, 11), (200, 33)]);
     let recovered = recover(&*bench.disk, &material()).expect("opens");
-    let leaf = recovered.map.leaf_entry(0);
+    let leaf = leaf_entry(&recovered, 0);
     bench.disk.flip(leaf.slot().offset() + 17, 0);
     let mut running = bench.serve();
     assert_eq!(running.write(1, 13), Err(Failure::NotAuthentic));
@@ -480,4 +501,70 @@ fn a_forged_ring_record_is_not_taken() {
         taken <= 3 && cut >= 88 && refused >= 3,
         "{taken} {cut} {refused}"
     );
+}
+
+#[test]
+fn a_leaf_that_is_changed_while_the_volume_is_served_fails_its_blocks_only() {
+    let bench = Bench::new();
+    bench.write(&[(1, 11), (200, 33)]);
+    let leaf = leaf_entry(&recover(&*bench.disk, &material()).expect("opens"), 0);
+    let mut running = bench.serve();
+    // Leaves are read when they are first needed, and this one is not yet.
+    bench.disk.sync().expect("syncs");
+    bench.disk.flip(leaf.slot().offset() + 17, 0);
+    assert_eq!(running.read(1), Err(Failure::NotAuthentic));
+    assert_eq!(running.write(2, 13), Err(Failure::NotAuthentic));
+    assert_eq!(running.read(200), Ok(33));
+    assert_eq!(running.write(201, 34), Ok(()));
+    assert_eq!(running.not_authentic(), 2, "each is counted");
+    // It is not held against the leaf: who mends the backing gets the block.
+    bench.disk.sync().expect("syncs");
+    bench.disk.flip(leaf.slot().offset() + 17, 0);
+    assert_eq!(running.read(1), Ok(11));
+    assert_eq!(running.write(2, 13), Ok(()));
+    running.volume.close().expect("closes");
+    assert_eq!(bench.read(2), Ok(13));
+}
+
+#[test]
+fn an_old_leaf_put_back_while_the_volume_is_served_shows_nothing_old() {
+    let bench = Bench::new();
+    bench.write(&[(1, 11)]);
+    let old = leaf_entry(&recover(&*bench.disk, &material()).expect("opens"), 0);
+    let old = bench.sheet(old.slot().offset());
+    bench.write(&[(1, 12)]);
+    let now = leaf_entry(&recover(&*bench.disk, &material()).expect("opens"), 0);
+    let mut running = bench.serve();
+    bench.put(now.slot().offset(), &old);
+    assert_eq!(running.read(1), Err(Failure::NotAuthentic));
+    bench.put(now.slot().offset(), &vec![0; BLOCK_LEN]);
+    assert_eq!(running.read(1), Err(Failure::NotAuthentic));
+    // A discard of what is there would forget a slot; it fails as well.
+    let discard = Op::Discard {
+        offset: 4096,
+        len: 4096,
+    };
+    assert_eq!(
+        running.request(discard, Vec::new()),
+        Err(Failure::NotAuthentic)
+    );
+}
+
+#[test]
+fn changes_in_the_log_of_a_leaf_that_is_lost_do_not_come_back_as_older_ones() {
+    let bench = Bench::new();
+    bench.write(&[(1, 11), (200, 33)]);
+    let mut running = bench.serve();
+    running.write(1, 12).expect("writes");
+    running.request(Op::Flush, Vec::new()).expect("flushes");
+    drop(running);
+    bench.disk.sync().expect("syncs");
+    let leaf = recover(&*bench.disk, &material()).expect("opens");
+    let leaf = leaf_entry(&leaf, 0).slot().offset();
+    bench.disk.flip(leaf + 17, 0);
+    let mut running = bench.open().expect("opens");
+    // It was damaged only while the log was replayed.
+    bench.disk.flip(leaf + 17, 0);
+    assert_eq!(running.read(1), Err(Failure::NotAuthentic));
+    assert_eq!(running.read(200), Ok(33));
 }

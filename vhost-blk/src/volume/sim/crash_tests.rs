@@ -82,4 +82,9 @@ caught! {
     moving_a_block_over_a_later_write_is_noticed: MoveBlindly,
     publishing_a_move_before_it_has_landed_is_noticed: MoveUnwritten,
     a_header_that_is_longer_than_its_backing_is_noticed: GrowBeforeBacking,
+    an_activation_without_a_first_barrier_is_noticed: NoFirstBarrier,
+    forgetting_a_changed_page_is_noticed: EvictDirty,
+    forgetting_a_page_while_it_is_being_written_is_noticed: EvictUnwritten,
+    forgetting_what_an_admitted_write_needs_is_noticed: TouchWithoutPin,
+    taking_a_leaf_that_is_not_in_memory_for_holes_is_noticed: MissIsHole,
 }

@@ -27,6 +27,8 @@ struct State {
     next_id: u64,
     /// Blocking operations until the process dies in the middle of one.
     fuse: Option<u32>,
+    /// It has died: what it still tries comes to nothing.
+    has_died: bool,
 }
 
 /// See the module.
@@ -159,7 +161,13 @@ impl SimDisk {
     }
 
     pub(super) fn set_fuse(&self, fuse: Option<u32>) {
-        self.state().fuse = fuse;
+        let mut state = self.state();
+        state.fuse = fuse;
+        state.has_died = false;
+    }
+
+    pub(super) fn has_died(&self) -> bool {
+        self.state().has_died
     }
 
     /// The process dies: what had completed stays visible, what was under way ends as old, new
@@ -238,7 +246,10 @@ impl SimDisk {
 
     fn burn(state: &mut State) -> io::Result<()> {
         match &mut state.fuse {
-            Some(0) => Err(io::Error::other("the process died")),
+            Some(0) => {
+                state.has_died = true;
+                Err(io::Error::other("the process died"))
+            }
             Some(left) => {
                 *left -= 1;
                 Ok(())
@@ -263,6 +274,9 @@ impl Backing for SimDisk {
     }
 
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        if self.has_died() {
+            return Err(io::Error::other("the process died before"));
+        }
         let burnt = Self::burn(&mut self.state());
         let ids = self.submit(offset, from);
         burnt?;

@@ -19,7 +19,9 @@ use crate::volume::engine::{
 };
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, CHUNK_SLOTS, FANOUT, Geometry, Slot};
-use crate::volume::recover::recover;
+use crate::volume::map::PAGE_COST;
+use crate::volume::page::{PagePlace, TreeKind};
+use crate::volume::recover::{recover, recover_within};
 use crate::volume::ring::{self, RingMemory};
 
 const EIO: i32 = 5;
@@ -325,8 +327,8 @@ fn an_activation_that_failed_while_writing_is_not_built_upon() {
         // A new process finds everything.
         open(&disk).attach(Some(ring)).expect("attaches");
         let found = recover(&*disk, &material()).expect("opens");
-        assert!(found.map.damaged().is_empty());
-        assert_eq!(found.blocks().count(), 3);
+        assert!(found.lost_pages(&*disk).is_empty());
+        assert_eq!(found.blocks(&*disk).len(), 3);
     }
 }
 
@@ -390,8 +392,8 @@ fn a_close_that_failed_while_writing_is_not_tried_again() {
     assert!(volume.close().is_err(), "pages are missing");
     disk.sync().expect("syncs");
     let found = recover(&*disk, &material()).expect("opens");
-    assert!(found.map.damaged().is_empty());
-    assert_eq!(found.blocks().count(), 1);
+    assert!(found.lost_pages(&*disk).is_empty());
+    assert_eq!(found.blocks(&*disk).len(), 1);
 }
 
 #[test]
@@ -508,7 +510,11 @@ fn a_damaged_bitmap_is_made_anew_from_the_map() {
     rig.volume.close().expect("closes");
     let found = recover(&*disk, &material()).expect("opens");
     assert!(found.space.damaged().is_empty());
-    let mapped: HashSet<Slot> = found.blocks().map(|(_, entry)| entry.slot()).collect();
+    let mapped: HashSet<Slot> = found
+        .blocks(&*disk)
+        .into_iter()
+        .map(|(_, entry)| entry.slot())
+        .collect();
     let used: HashSet<Slot> = found.used_slots().collect();
     assert_eq!(mapped, used);
 }
@@ -657,4 +663,248 @@ fn what_is_mapped_can_be_overwritten_for_ever_without_more_room_for_pages() {
         .filter(|result| result.is_err())
         .count();
     assert_eq!(failed, 0, "of 120, with {mapped} leaves more");
+}
+
+fn leaf_offset(disk: &Arc<SimDisk>, index: u64) -> u64 {
+    let place = PagePlace {
+        tree: TreeKind::Map,
+        level: 0,
+        index,
+    };
+    let recovered = recover(&**disk, &material()).expect("opens");
+    let entry = recovered.map.stored_as(place).expect("its parent is here");
+    entry.slot().offset()
+}
+
+/// A volume of three hundred leaves under three pages of level 1, each with one block.
+fn spread_out() -> Arc<SimDisk> {
+    let disk = volume_on(many_leaves(40));
+    let mut rig = Rig::serve(&disk, None, 1);
+    for leaf in 0..300 {
+        rig.write(0, leaf * FANOUT, 1);
+    }
+    rig.run(|_| false);
+    assert!(rig.done.iter().all(Result::is_ok));
+    rig.volume.close().expect("closes");
+    disk
+}
+
+fn serve_within(disk: &Arc<SimDisk>, pages: u64, lanes: usize) -> Rig {
+    let recovered = recover_within(&**disk, &material(), pages * PAGE_COST).expect("opens");
+    let backing: Arc<dyn Backing> = disk.clone();
+    let volume = Volume::new(recovered, backing, Box::new(Quiet));
+    volume.attach(None).expect("attaches");
+    let lanes = (0..lanes)
+        .map(|_| Lane::new(Arc::clone(volume.shared()), Arc::new(|| {})))
+        .collect();
+    Rig {
+        disk: Arc::clone(disk),
+        volume,
+        lanes,
+        held: Vec::new(),
+        done: Vec::new(),
+    }
+}
+
+impl Rig {
+    fn read(&mut self, lane: usize, block: u64) {
+        self.submit(
+            lane,
+            Op::Read {
+                offset: block * BLOCK_LEN as u64,
+                len: BLOCK_LEN as u64,
+            },
+        );
+    }
+
+    fn pages(&self) -> u64 {
+        let stats = self.volume.shared().stats();
+        stats.map_pages.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn misses(&self) -> u64 {
+        let stats = self.volume.shared().stats();
+        stats.map_misses.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn a_leaf_that_cannot_be_read_fails_its_requests_and_is_tried_again() {
+    let disk = spread_out();
+    let leaf = leaf_offset(&disk, 3);
+    let mut rig = Rig::serve(&disk, None, 2);
+    rig.read(0, 3 * FANOUT);
+    rig.write(1, 3 * FANOUT + 1, 1);
+    rig.read(0, 4 * FANOUT);
+    rig.turn();
+    let is_leaf = |kind: &IoKind| matches!(kind, IoKind::Read { offset, .. } if *offset == leaf);
+    assert_eq!(rig.held.len(), 2, "two wait for the same read");
+    let at = rig.held.iter().position(|(_, io)| is_leaf(&io.kind));
+    rig.land(at.expect("it is being read"), Some(EIO));
+    rig.run(|_| false);
+    let failed = rig.done.iter().filter(|r| **r == Err(Failure::Io(EIO)));
+    assert_eq!((failed.count(), rig.done.len()), (2, 3));
+    rig.write(1, 3 * FANOUT + 1, 1);
+    rig.read(0, 3 * FANOUT);
+    rig.run(|_| false);
+    assert_eq!(rig.done[3..], [Ok(()), Ok(())]);
+}
+
+#[test]
+fn whoever_waits_for_a_page_of_a_lane_that_ends_reads_it_himself() {
+    let disk = spread_out();
+    let leaf = leaf_offset(&disk, 3);
+    let mut rig = Rig::serve(&disk, None, 2);
+    rig.read(0, 3 * FANOUT);
+    rig.turn();
+    rig.read(1, 3 * FANOUT);
+    rig.turn();
+    assert_eq!(rig.held.len(), 1);
+    rig.held.clear();
+    drop(rig.lanes.remove(0));
+    rig.turn();
+    assert!(
+        matches!(&rig.held[..], [(0, Io { kind: IoKind::Read { offset, .. }, .. })] if *offset == leaf)
+    );
+    rig.run(|_| false);
+    assert_eq!(rig.done, [Ok(())]);
+}
+
+#[test]
+fn a_volume_opens_without_its_leaves_and_is_served_within_its_budget() {
+    let disk = spread_out();
+    let mut rig = serve_within(&disk, 40, 1);
+    let at_first = rig.misses();
+    for round in 0..3 {
+        for leaf in 0..300 {
+            rig.read(0, leaf * FANOUT);
+            rig.run(|_| false);
+            assert!(rig.pages() <= 42, "{} pages in round {round}", rig.pages());
+        }
+    }
+    assert!(rig.done.iter().all(Result::is_ok));
+    assert!(rig.misses() - at_first >= 600, "they do not fit");
+    // Many at a time, all at once.
+    for leaf in 0..300 {
+        rig.read(0, leaf * FANOUT);
+    }
+    rig.run(|_| false);
+    assert!(rig.done.iter().all(Result::is_ok));
+    rig.read(0, 0);
+    rig.run(|_| false);
+    assert!(rig.pages() <= 42);
+}
+
+#[test]
+fn writes_that_would_pin_more_than_the_budget_wait_for_a_checkpoint() {
+    let disk = spread_out();
+    let mut rig = serve_within(&disk, 80, 2);
+    let mut most = 0;
+    for leaf in 0..900 {
+        rig.write(leaf as usize % 2, leaf * FANOUT + 1, 1);
+    }
+    for _ in 0..100_000 {
+        rig.turn();
+        most = most.max(rig.pages());
+        if rig.held.is_empty() {
+            break;
+        }
+        rig.land(rig.held.len() / 2, None);
+    }
+    assert_eq!(rig.done.len(), 900, "requests hang");
+    assert!(rig.done.iter().all(Result::is_ok));
+    assert!(most <= 80 + 8, "{most} pages");
+    rig.volume.close().expect("closes");
+    let found = recover(&*disk, &material()).expect("opens");
+    assert!(found.lost_pages(&*disk).is_empty());
+    assert_eq!(found.blocks(&*disk).len(), 300 + 900);
+}
+
+/// A backing on which some places cannot be read.
+struct BadSectors {
+    disk: Arc<SimDisk>,
+    bad: Mutex<HashSet<u64>>,
+}
+
+impl Backing for BadSectors {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let end = offset + into.len() as u64;
+        if self
+            .bad
+            .lock()
+            .expect("no panic")
+            .iter()
+            .any(|at| (offset..end).contains(at))
+        {
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        self.disk.read_at(offset, into)
+    }
+    fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.disk.write_at(offset, from)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.disk.sync()
+    }
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.allocate(offset, len)
+    }
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.punch(offset, len)
+    }
+    fn extend(&self, len: u64) -> io::Result<u64> {
+        self.disk.extend(len)
+    }
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_read_does_not_keep_a_volume_from_opening() {
+    let disk = spread_out();
+    let upper = |level| PagePlace {
+        tree: TreeKind::Map,
+        level,
+        index: 0,
+    };
+    let recovered = recover(&*disk, &material()).expect("opens");
+    let at = |level| {
+        let entry = recovered.map.stored_as(upper(level));
+        entry.expect("is here").slot().offset()
+    };
+    // A leaf: everything but its blocks. A page above: reads only. A bitmap: the map knows.
+    for (bad, attaches, other_reads) in [
+        (at(0), true, true),
+        (at(1), false, true),
+        (at(4), false, false),
+        (recovered.space.leaf_entry(0).slot().offset(), true, true),
+    ] {
+        let backing = Arc::new(BadSectors {
+            disk: Arc::clone(&disk),
+            bad: Mutex::new(HashSet::from([bad])),
+        });
+        let image = disk.image();
+        let found = recover(&*backing, &material()).expect("opens");
+        let volume = Volume::new(found, backing.clone(), Box::new(Quiet));
+        let mut lane: Lane<Bytes> = Lane::new(Arc::clone(volume.shared()), Arc::new(|| {}));
+        let mut read = |block: u64| {
+            let op = Op::Read {
+                offset: block * BLOCK_LEN as u64,
+                len: BLOCK_LEN as u64,
+            };
+            lane.submit(op, Bytes(Rc::new(RefCell::new(vec![7; BLOCK_LEN]))));
+            crate::volume::engine::drive(&mut lane, &*backing);
+            lane.next_done().expect("done").result.is_ok()
+        };
+        assert_eq!(read(200 * FANOUT), other_reads);
+        let attached = volume.attach(None);
+        match attached {
+            Ok(()) => assert!(attaches),
+            Err(AttachError::Unreadable) => assert!(!attaches),
+            Err(other) => panic!("{other}"),
+        }
+        disk.sync().expect("syncs");
+        disk.restore(image);
+    }
 }

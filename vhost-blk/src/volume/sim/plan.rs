@@ -3,6 +3,7 @@
 use super::world::Dice;
 use crate::volume::engine::IoKind;
 use crate::volume::geometry::{BLOCK_LEN, Geometry};
+use crate::volume::map::PAGE_COST;
 
 /// Stretches of consecutive blocks that requests go to: first block, blocks.
 pub(super) type Stretches = &'static [(u64, usize)];
@@ -15,6 +16,20 @@ const MANY: Stretches = &[(0, 8), (126, 4), (130, 126), (10, 100), (508, 8)];
 /// Bytes of volumes that have grown.
 pub(super) const GROWN: [u64; 2] = [3 << 20, 4 << 20];
 
+/// A few blocks in each of many leaves, under three pages of level 1.
+const WIDE: Stretches = &[
+    (0, 4),
+    (126, 4),
+    (1200, 3),
+    (5000, 3),
+    (9000, 2),
+    (128 * 129, 3),
+    (128 * 140 + 127, 2),
+    (128 * 255 + 126, 4),
+    (128 * 257, 2),
+    (128 * 299, 3),
+];
+
 /// See the module.
 #[derive(Clone, Copy)]
 pub(super) struct Plan {
@@ -26,6 +41,8 @@ pub(super) struct Plan {
     pub(super) longest: usize,
     /// A process lives for fewer steps than this.
     pub(super) steps: usize,
+    /// Bytes of memory for the map: from too little for two leaves to enough for all.
+    pub(super) cache: u64,
     /// Requests fail as operations of the backing and the guest's memory do.
     pub(super) is_faulty: bool,
 }
@@ -39,34 +56,63 @@ pub(super) fn small_geometry() -> Geometry {
     }
 }
 
+/// Pages of level 2 and above are always there, three of them.
+fn cache(dice: &mut Dice) -> u64 {
+    match dice.below(4) {
+        0 => 1 << 20,
+        1 => 12 * PAGE_COST,
+        pages => (2 + pages as u64) * PAGE_COST,
+    }
+}
+
+fn wide_geometry() -> Geometry {
+    Geometry {
+        blocks: 128 * 300,
+        ..small_geometry()
+    }
+}
+
 impl Plan {
     /// A disk that only dies.
     pub(super) fn plain(dice: &mut Dice) -> Self {
+        let is_wide = dice.chance(25);
         Self {
-            geometry: small_geometry(),
-            stretches: FEW,
+            geometry: if is_wide {
+                wide_geometry()
+            } else {
+                small_geometry()
+            },
+            stretches: if is_wide { WIDE } else { FEW },
             lanes: 2,
             // Small, so that it fills and wraps.
             ring_len: 8 << 10,
             longest: 3,
             steps: if dice.chance(8) { 1500 } else { 160 },
+            cache: cache(dice),
             is_faulty: false,
         }
     }
 
     /// A disk that fails, fills up and answers in part.
     pub(super) fn faulty(dice: &mut Dice) -> Self {
+        let is_wide = dice.chance(30);
         Self {
             geometry: Geometry {
+                blocks: if is_wide { 128 * 300 } else { 256 },
                 // With three, the volume does not fit when all of it is written.
                 chunks: 2 + 1 + 3 - u64::from(dice.chance(40)) + 2 * u64::from(dice.chance(30)),
                 ..small_geometry()
             },
-            stretches: if dice.chance(60) { MANY } else { FEW },
+            stretches: match dice.chance(60) {
+                _ if is_wide => WIDE,
+                true => MANY,
+                false => FEW,
+            },
             lanes: 1 + dice.below(3),
             ring_len: (8 << 10) << dice.below(6),
             longest: if dice.chance(50) { 70 } else { 6 },
             steps: if dice.chance(20) { 1500 } else { 250 },
+            cache: cache(dice),
             is_faulty: true,
         }
     }

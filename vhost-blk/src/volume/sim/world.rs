@@ -20,7 +20,7 @@ use crate::volume::engine::{
     Volume,
 };
 use crate::volume::geometry::BLOCK_LEN;
-use crate::volume::recover::recover;
+use crate::volume::recover::{recover, recover_within};
 use crate::volume::ring::{self, RingMemory};
 
 /// A small generator: what it gives depends on the seed alone (xorshift64*).
@@ -224,19 +224,23 @@ impl World {
             self.disk.set_fuse(Some(fuse));
         }
         let died = |world: &Self, what: String| {
+            let has_died = world.disk.has_died();
             world.disk.set_fuse(None);
-            if what.contains("the process died") {
-                Ok(None)
-            } else {
-                Err(what)
-            }
+            if has_died { Ok(None) } else { Err(what) }
         };
-        let recovered = match recover(&*self.disk, &material()) {
+        let recovered = match recover_within(&*self.disk, &material(), self.plan.cache) {
             Ok(recovered) => recovered,
             Err(error) => return died(self, error.to_string()),
         };
-        if let Some((place, _)) = recovered.map.damaged().first() {
-            return died(self, format!("{place} does not authenticate"));
+        if self.disk.has_died() {
+            // It goes on past what it cannot read.
+            return died(self, String::new());
+        }
+        if let Some((place, fault)) = recovered.missing.first() {
+            return died(self, format!("{place} {fault}"));
+        }
+        if let Some(lost) = recovered.lost_leaves.first() {
+            return died(self, format!("leaf {} {}", lost.leaf, lost.fault));
         }
         let backing: Arc<dyn Backing> = self.disk.clone();
         let volume = Volume::new(recovered, backing, Box::new(Quiet));
@@ -729,7 +733,11 @@ impl World {
     /// The space tree says what the map says, and no two blocks share a slot.
     fn audit(&self) -> Result<(), String> {
         let recovered = recover(&*self.disk, &material()).map_err(|error| error.to_string())?;
-        let mut mapped: Vec<_> = recovered.blocks().map(|(_, entry)| entry.slot()).collect();
+        if let Some(place) = recovered.lost_pages(&*self.disk).first() {
+            return Err(format!("{place} does not authenticate"));
+        }
+        let blocks = recovered.blocks(&*self.disk);
+        let mut mapped: Vec<_> = blocks.iter().map(|(_, entry)| entry.slot()).collect();
         let mut used: Vec<_> = recovered.used_slots().collect();
         mapped.sort_unstable();
         used.sort_unstable();
@@ -743,6 +751,20 @@ impl World {
         mapped.dedup();
         if mapped.len() != used.len() {
             return Err("two blocks share a slot".into());
+        }
+        let mut counted = recovered.count_sessions(&*self.disk);
+        for row in &recovered.superblock.table {
+            let is = counted.remove(&row.id).unwrap_or(0);
+            let said = recovered.live.get(&row.id).copied().unwrap_or(0);
+            if is != said {
+                return Err(format!(
+                    "session {} is named {is} times, not {said}",
+                    row.id
+                ));
+            }
+        }
+        if !counted.is_empty() {
+            return Err("a session that is named is not in the key table".into());
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use crate::volume::engine::core::{Core, Event, PAGE_SLOTS_AHEAD, SEQUENCE_LIMIT}
 use crate::volume::engine::request::Payload;
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
+use crate::volume::map::{Leaf, Missing};
 use crate::volume::ranges::Held;
 use crate::volume::space::Run;
 
@@ -52,9 +53,14 @@ impl Core {
         if blocks == 0 {
             return None;
         }
+        if self.is_pinned_full(*leaves.start()..leaves.end() + 1) {
+            return Some(Hurdle::Stall);
+        }
         // The last slots are for leaves that are there: what is mapped stays writable when no new
         // leaf has room any more.
-        let has_new = leaves.clone().any(|leaf| self.map.leaf(leaf).is_none());
+        let has_new = leaves
+            .clone()
+            .any(|leaf| matches!(self.map.leaf(leaf), Ok(Leaf::Hole)));
         let reserve = if has_new { PAGE_SLOTS_AHEAD } else { 0 };
         let needed = self.page_slots_needed(leaves.count(), blocks) + reserve;
         if self.space.page_slots() < needed {
@@ -92,37 +98,97 @@ impl<P: Payload> Lane<P> {
         }
     }
 
-    /// Looks up a piece's blocks and plans a read for each stretch of consecutive slots.
+    /// Looks up a piece's blocks and plans a read for each stretch of consecutive slots, as far
+    /// as the map is in memory; for the rest the piece comes back when its page has been read.
     fn plan_read(&mut self, core: &mut Core, key: u32) {
         let piece = &mut self.pieces[key as usize];
         let (first, count) = (piece.first, piece.count);
         let mut plans: SmallVec<[ReadPlan; 4]> = SmallVec::new();
-        for from in 0..count {
-            let Some(entry) = core.entry(first + from) else {
-                piece.failure = Some(Failure::NotAuthentic);
-                self.shared.damaged(first + from);
-                plans.clear();
-                break;
-            };
-            match plans.last_mut() {
-                Some(plan) if plan.is_continued_by(&entry) => plan.entries.push(entry),
-                _ => plans.push(ReadPlan {
-                    piece: key,
-                    from,
-                    entries: SmallVec::from_slice(&[entry]),
-                    epoch: 0,
-                }),
+        let mut from = piece.known;
+        let mut missing = None;
+        while from < count && missing.is_none() {
+            let block = first + from;
+            let leaf = core.map.ask(block / FANOUT);
+            let end = count.min((block / FANOUT + 1) * FANOUT - first);
+            while from < end {
+                let block = first + from;
+                let entry = match (core.uncommitted(block), leaf) {
+                    (Some(entry), _) => entry,
+                    (None, Ok(leaf)) => leaf.entry(block),
+                    (None, Err(what)) => {
+                        missing = Some(what);
+                        break;
+                    }
+                };
+                match plans.last_mut() {
+                    Some(plan) if plan.is_continued_by(&entry) => plan.entries.push(entry),
+                    _ => plans.push(ReadPlan {
+                        piece: key,
+                        from,
+                        entries: SmallVec::from_slice(&[entry]),
+                        epoch: 0,
+                    }),
+                }
+                from += 1;
             }
         }
-        piece.left = plans.len() as u64;
-        if plans.is_empty() {
-            self.over.push(key);
-        }
+        piece.known = from;
+        // Who waits for a page counts as a read, so that the piece is not over before.
+        piece.left += plans.len() as u64 + u64::from(missing.is_some());
         for mut plan in plans {
             if !plan.is_hole() {
                 plan.epoch = core.space.begin_read();
             }
             self.to_read.push(plan);
+        }
+        if let Some(missing) = missing {
+            self.await_page(core, key, missing);
+        }
+    }
+
+    /// A piece goes on when a page has been read, or not at all.
+    pub(super) fn await_page(&mut self, core: &mut Core, key: u32, missing: Missing) {
+        match missing {
+            Missing::Page(want) => match core.await_page(want, (self.id, key)) {
+                Ok(true) => self.to_load.push(want),
+                Ok(false) => {}
+                Err(failure) => self.page_read(key, Err(failure)),
+            },
+            Missing::Lost => self.page_read(key, Err(Failure::NotAuthentic)),
+        }
+    }
+
+    /// The page that a piece waited for is in memory, or cannot be had.
+    pub(super) fn page_read(&mut self, key: u32, outcome: Result<(), Failure>) {
+        let piece = &mut self.pieces[key as usize];
+        let is_read = piece.kind == PieceKind::Read;
+        if is_read {
+            piece.left -= 1;
+        }
+        let Err(failure) = outcome else {
+            return self.admit.push_back(key);
+        };
+        piece.failure = Some(failure);
+        let block = piece.first + piece.known;
+        if !is_read || piece.left == 0 {
+            self.over.push(key);
+        }
+        if failure == Failure::NotAuthentic {
+            self.shared.damaged(block);
+        }
+    }
+
+    /// Puts pages that were read into the map. Those of this lane that waited for one go on
+    /// before the next can push it out again.
+    pub(super) fn insert_pages(&mut self, core: &mut Core) {
+        for (want, outcome) in std::mem::take(&mut self.loaded) {
+            let bytes = outcome.as_deref().map_err(|failure| *failure);
+            let waiting = core.page_landed(self.id, &want, bytes);
+            let outcome = outcome.map(|buffer| self.pool.give(buffer));
+            for key in waiting {
+                self.page_read(key, outcome);
+            }
+            self.admit_all(core);
         }
     }
 
@@ -140,20 +206,30 @@ impl<P: Payload> Lane<P> {
 
     fn admit_write(&mut self, core: &mut Core, key: u32) {
         let piece = &self.pieces[key as usize];
-        let (first, end) = (piece.first, piece.first + piece.count);
-        let blocks = match piece.kind {
-            // Holes that become holes change nothing.
-            PieceKind::Erase => (first..end).filter(|block| core.is_mapped(*block)).count(),
-            _ => piece.count as usize,
-        };
-        let leaves = first / FANOUT..=(end - 1) / FANOUT;
-        match core.hurdle(leaves, blocks, self.shared.sequence_now()) {
+        if piece.kind == PieceKind::Erase {
+            return self.erase(core, key);
+        }
+        let (count, end) = (piece.count, piece.first + piece.count);
+        let leaves = piece.first / FANOUT..=(end - 1) / FANOUT;
+        if let Some(failure) = core.refuses_writes() {
+            return self.fail_piece(key, failure);
+        }
+        let has_many = leaves.start() != leaves.end();
+        for leaf in leaves.clone() {
+            if let Err(missing) = core.map.ask(leaf) {
+                return self.await_page(core, key, missing);
+            }
+            // In a small cache, reading one of its leaves could push out the other for ever.
+            if has_many && !core.keep(leaf) {
+                return self.stall(core, key);
+            }
+        }
+        match core.hurdle(leaves, count as usize, self.shared.sequence_now()) {
             Some(Hurdle::Stall) => return self.stall(core, key),
             Some(Hurdle::Fail(failure)) => return self.fail_piece(key, failure),
             None => {}
         }
         match self.pieces[key as usize].kind {
-            PieceKind::Erase => self.erase(core, key),
             PieceKind::Merge | PieceKind::MergeZeroes
                 if self.pieces[key as usize].merged.is_none() =>
             {
@@ -177,9 +253,9 @@ impl<P: Payload> Lane<P> {
 
     fn read_for_merge(&mut self, core: &mut Core, key: u32) {
         let first = self.pieces[key as usize].first;
-        let Some(entry) = core.entry(first) else {
-            self.shared.damaged(first);
-            return self.fail_piece(key, Failure::NotAuthentic);
+        let entry = match core.entry(first) {
+            Ok(entry) => entry,
+            Err(missing) => return self.await_page(core, key, missing),
         };
         let mut plan = ReadPlan {
             piece: key,
@@ -223,11 +299,6 @@ impl<P: Payload> Lane<P> {
 
     fn take_slots(&mut self, core: &mut Core, key: u32) {
         let piece = &mut self.pieces[key as usize];
-        if (0..piece.count).any(|index| core.is_leaf_damaged(piece.first + index)) {
-            let first = piece.first;
-            self.shared.damaged(first);
-            return self.fail_piece(key, Failure::NotAuthentic);
-        }
         let mut missing = piece.count;
         while missing > 0 {
             if self.run.len == 0 {
@@ -254,30 +325,45 @@ impl<P: Payload> Lane<P> {
         piece.sequence = self.shared.take_sequences(piece.count);
         piece.left = piece.count;
         let (first, count) = (piece.first, piece.count);
-        core.touch(first, count);
-        core.landing += count as usize;
+        core.land(first, count);
         self.to_seal.push_back(key);
     }
 
+    /// Leaf by leaf, so that a discard of much needs neither all of its leaves at once nor room
+    /// for all of its changes.
     fn erase(&mut self, core: &mut Core, key: u32) {
-        let piece = &self.pieces[key as usize];
-        let (first, count) = (piece.first, piece.count);
-        let mut touched = None;
-        for block in first..first + count {
-            match core.entry(block) {
-                Some(entry) if !entry.is_hole() => {
-                    touched = Some(touched.map_or((block, block), |(low, _)| (low, block)));
-                    core.publish(Block(block), Entry::HOLE, false);
-                }
-                Some(_) => {}
-                None => {
-                    self.shared.damaged(block);
-                    return self.fail_piece(key, Failure::NotAuthentic);
-                }
+        let piece = &mut self.pieces[key as usize];
+        let (first, end) = (piece.first, piece.first + piece.count);
+        let mut mapped: SmallVec<[u64; FANOUT as usize]> = SmallVec::new();
+        while first + piece.known < end {
+            let from = first + piece.known;
+            let leaf = from / FANOUT;
+            let stop = end.min((leaf + 1) * FANOUT);
+            let known = match core.map.ask(leaf) {
+                Ok(known) => known,
+                Err(missing) => return self.await_page(core, key, missing),
+            };
+            // Holes that become holes change nothing.
+            mapped.clear();
+            let is_blank = core.open.is_empty() && core.sealed.is_empty();
+            if !(is_blank && matches!(known, Leaf::Hole)) {
+                mapped.extend((from..stop).filter(|block| {
+                    let newest = core.uncommitted(*block);
+                    !newest.unwrap_or_else(|| known.entry(*block)).is_hole()
+                }));
             }
-        }
-        if let Some((low, high)) = touched {
-            core.touch(low, high - low + 1);
+            match core.hurdle(leaf..=leaf, mapped.len(), self.shared.sequence_now()) {
+                Some(Hurdle::Stall) => return self.stall(core, key),
+                Some(Hurdle::Fail(failure)) => return self.fail_piece(key, failure),
+                None => {}
+            }
+            if !mapped.is_empty() {
+                core.map.touch(leaf);
+            }
+            for block in &mapped {
+                core.publish(Block(*block), Entry::HOLE, false);
+            }
+            piece.known = stop - first;
         }
         self.over.push(key);
     }
@@ -298,16 +384,6 @@ impl<P: Payload> Lane<P> {
                 run.slots().for_each(|slot| core.space.free_now(slot));
             }
         }
-    }
-}
-
-impl Core {
-    fn is_mapped(&self, block: u64) -> bool {
-        self.entry(block).is_some_and(|entry| !entry.is_hole())
-    }
-
-    fn is_leaf_damaged(&self, block: u64) -> bool {
-        self.map.is_damaged(block / FANOUT)
     }
 }
 

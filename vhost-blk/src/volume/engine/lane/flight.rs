@@ -11,7 +11,9 @@ use crate::volume::engine::request::{Io, IoKind, Payload};
 use crate::volume::engine::{Failure, Stats};
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, SECTOR_LEN, Slot};
+use crate::volume::map::Want;
 use crate::volume::mutant::{self, Mutant};
+use crate::volume::page::Page;
 use crate::volume::sealing::seal_block;
 use crate::volume::space::Run;
 
@@ -66,6 +68,8 @@ impl Arrived {
 /// What an operation of the backing was for.
 pub(super) enum FlightKind {
     Read(ReadPlan),
+    /// A page of the map.
+    Load(Want),
     Write(Vec<Member>),
     /// Blocks that move.
     Move(u32, Vec<super::rehome::Member>),
@@ -125,6 +129,40 @@ impl<P: Payload> Lane<P> {
                 buffer,
             },
         );
+    }
+
+    pub(super) fn emit_load(&mut self, want: Want) {
+        let buffer = self.pool.take(1);
+        let offset = want.entry.slot().offset();
+        self.emit(
+            FlightKind::Load(want),
+            IoKind::Read {
+                offset,
+                skip: 0,
+                buffer,
+            },
+        );
+    }
+
+    /// Opens a page here, without the lock.
+    fn load_landed(&mut self, want: Want, outcome: Result<(), i32>, buffer: Option<Buffer>) {
+        let Some(mut buffer) = buffer else {
+            return self.loaded.push((want, Err(Failure::Io(EIO))));
+        };
+        let opened = outcome.map_err(Failure::Io).and_then(|()| {
+            let session = self.keyring.get(want.entry.session());
+            let session = session.ok_or(Failure::NotAuthentic)?;
+            let id = self.shared.id();
+            Page::open_in_place(&mut buffer, want.place, id, session, &want.entry)
+                .map_err(|_| Failure::NotAuthentic)
+        });
+        match opened {
+            Ok(()) => self.loaded.push((want, Ok(buffer))),
+            Err(failure) => {
+                self.pool.give(buffer);
+                self.loaded.push((want, Err(failure)));
+            }
+        }
     }
 
     fn read_hole(&mut self, plan: ReadPlan) {
@@ -194,7 +232,8 @@ impl<P: Payload> Lane<P> {
                 }
                 self.unused.push(slot);
                 self.pieces[key as usize].failure = Some(Failure::Payload);
-                self.landed.push(Landed::nothing(key));
+                self.landed
+                    .push(Landed::nothing(key, Block(first + index as u64)));
             } else if let Some((id, session)) = self.shared.session() {
                 let block = Block(first + index as u64);
                 let entry = seal_block(block, slot, (id, session), sequence, data);
@@ -333,6 +372,7 @@ impl<P: Payload> Lane<P> {
                     });
                 }
             }
+            FlightKind::Load(want) => self.load_landed(want, outcome, buffer),
             FlightKind::Write(members) => {
                 self.writes_under_way -= 1;
                 let result = outcome.map_err(write_failure);
@@ -362,7 +402,7 @@ impl<P: Payload> Lane<P> {
         };
         let (offset, skip) = (flight.offset + flight.moved as u64, flight.moved);
         let kind = match (&flight.kind, buffer) {
-            (FlightKind::Read(_), Some(buffer)) => IoKind::Read {
+            (FlightKind::Read(_) | FlightKind::Load(_), Some(buffer)) => IoKind::Read {
                 offset,
                 skip,
                 buffer,
@@ -442,7 +482,6 @@ impl<P: Payload> Lane<P> {
             has_failed |= result.is_err();
             let is_in_ring = result.is_ok() && self.append_to_ring(core, &members);
             for member in members {
-                core.landing = core.landing.saturating_sub(1);
                 let is_placeholder = member.entry.is_hole();
                 match result {
                     Ok(()) if !is_placeholder => {
@@ -454,6 +493,7 @@ impl<P: Payload> Lane<P> {
                     }
                     _ => {}
                 }
+                core.landed(member.block);
                 let piece = &mut self.pieces[member.piece as usize];
                 piece.left -= 1;
                 if piece.left == 0 {
@@ -522,6 +562,7 @@ impl FlightKind {
     fn name(&self) -> &'static str {
         match self {
             Self::Read(_) => "reading data",
+            Self::Load(_) => "reading the map",
             Self::Write(_) => "writing data",
             Self::Job(kind) => kind.name(),
             Self::Move(..) => "moving data",
@@ -533,10 +574,10 @@ impl FlightKind {
 
 impl Landed {
     /// A block of a piece that came to nothing.
-    fn nothing(piece: u32) -> Self {
+    fn nothing(piece: u32, block: Block) -> Self {
         let member = Member {
             piece,
-            block: Block(0),
+            block,
             entry: Entry::HOLE,
         };
         Self {

@@ -33,6 +33,7 @@ use super::{Failure, WakeLane};
 use crate::volume::buffer::{Buffer, Pool};
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, SECTOR_LEN, Slot};
+use crate::volume::map::Want;
 use crate::volume::ranges::Held;
 use crate::volume::sealing::Keyring;
 use crate::volume::space::Run;
@@ -92,6 +93,8 @@ struct Piece {
     moving: Option<Box<Moving>>,
     /// Blocks or reads still under way.
     left: u64,
+    /// Blocks, from the first on, that were looked up (a read) or erased.
+    known: u64,
     failure: Option<Failure>,
 }
 
@@ -136,6 +139,10 @@ pub struct Lane<P> {
     to_read: Vec<ReadPlan>,
     /// Reads that have ended, to be opened.
     to_open: VecDeque<Arrived>,
+    /// Pages of the map to be read.
+    to_load: Vec<Want>,
+    /// Pages of the map that have landed, opened.
+    loaded: Vec<(Want, Result<Buffer, Failure>)>,
     landed: Vec<Landed>,
     /// Epochs of reads that ended.
     ended: Vec<u64>,
@@ -169,8 +176,14 @@ impl<P> Drop for Lane<P> {
         for slot in self.run.slots().chain(self.move_run.slots()) {
             core.space.free_now(slot);
         }
+        core.abandon_loads(self.id);
+        let wakes = core.wakes(self.id);
         if self.tasks.is_empty() && self.flights.is_empty() && self.jobs.is_empty() {
             core.idle_inboxes.push(self.id);
+        }
+        drop(core);
+        for wake in wakes {
+            wake();
         }
     }
 }
@@ -199,6 +212,8 @@ impl<P: Payload> Lane<P> {
             to_seal: VecDeque::new(),
             to_read: Vec::new(),
             to_open: VecDeque::new(),
+            to_load: Vec::new(),
+            loaded: Vec::new(),
             landed: Vec::new(),
             ended: Vec::new(),
             over: Vec::new(),
@@ -281,6 +296,9 @@ impl<P: Payload> Lane<P> {
                 break;
             }
             self.locked();
+            for want in std::mem::take(&mut self.to_load) {
+                self.emit_load(want);
+            }
             for plan in std::mem::take(&mut self.to_read) {
                 self.emit_read(plan);
             }
@@ -324,6 +342,7 @@ impl<P: Payload> Lane<P> {
             || !(self.admit.is_empty()
                 && self.landed.is_empty()
                 && self.moved.is_empty()
+                && self.loaded.is_empty()
                 && self.ended.is_empty()
                 && self.over.is_empty()
                 && self.unused.is_empty()
@@ -461,6 +480,7 @@ impl<P: Payload> Lane<P> {
         }
         self.release_ranges(&mut core);
         self.reclaim(&mut core);
+        self.insert_pages(&mut core);
         self.admit_all(&mut core);
         for key in std::mem::take(&mut self.to_commit) {
             if let Some(result) = core.request_flush((self.id, key)) {
@@ -470,6 +490,7 @@ impl<P: Payload> Lane<P> {
         self.start_jobs(&mut core);
         // Events for this lane itself, from releases and failures above.
         self.wants_lock |= core.has_events(self.id);
+        core.count_pages(shared.stats());
         let wakes = core.wakes(self.id);
         drop(core);
         for wake in wakes {
@@ -487,6 +508,7 @@ impl<P: Payload> Lane<P> {
                 }
                 Event::Committed(task, result) => self.finish_task(task, result),
                 Event::Room => self.admit.append(&mut self.stalled),
+                Event::Page(piece, outcome) => self.page_read(piece, outcome),
             }
         }
     }
@@ -569,6 +591,7 @@ fn next_piece<P>(key: u32, task: &mut Task<P>) -> Option<Piece> {
             merged: None,
             moving: None,
             left: 0,
+            known: 0,
             failure: None,
         });
     }

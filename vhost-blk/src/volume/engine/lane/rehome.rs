@@ -60,6 +60,17 @@ impl<P: Payload> Lane<P> {
         if let Some(failure) = core.refuses_writes() {
             return self.fail_piece(key, failure);
         }
+        let leaves = piece.first / FANOUT..=(piece.first + piece.count - 1) / FANOUT;
+        let has_many = leaves.start() != leaves.end();
+        for leaf in leaves {
+            if let Err(missing) = core.map.ask(leaf) {
+                return self.await_page(core, key, missing);
+            }
+            if has_many && !core.keep(leaf) {
+                return self.stall(core, key);
+            }
+        }
+        let piece = &mut self.pieces[key as usize];
         if piece.moving.as_ref().is_some_and(|moving| moving.is_read) {
             self.place_move(core, key);
         } else {
@@ -206,14 +217,13 @@ impl<P: Payload> Lane<P> {
                     members: vec![member],
                 }),
             }
+            core.land(block.0, 1);
             placed += 1;
         }
         if placed == 0 {
             return self.over.push(key);
         }
         self.pieces[key as usize].left = placed;
-        core.touch(first, count);
-        core.landing += placed as usize;
         self.to_move.append(&mut writes);
     }
 
@@ -289,12 +299,12 @@ impl<P: Payload> Lane<P> {
             }
             has_failed |= moved.result.is_err();
             for Member { block, from, to } in moved.members {
-                core.landing = core.landing.saturating_sub(1);
                 if moved.result.is_err() {
                     core.space.free_now(to.slot());
                 } else if core.publish_move(block, &from, to) {
                     Stats::add(&self.shared.stats().blocks_moved, 1);
                 }
+                core.landed(block);
             }
             if has_failed || core.open.is_empty() {
                 core.feed_starved();
