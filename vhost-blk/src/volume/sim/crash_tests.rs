@@ -57,16 +57,16 @@ fn a_disk_that_fails_fills_up_and_dies_loses_nothing_acknowledged_and_hangs_no_r
 }
 
 macro_rules! caught {
-    ($($name:ident: $mutant:ident,)*) => {$(
+    ($world:expr; $($name:ident: $mutant:ident,)*) => {$(
         #[test]
         fn $name() {
-            let found = first_violation(0, 4000, Some(Mutant::$mutant));
+            let found = first_violation_of($world, 0, 4000, Some(Mutant::$mutant));
             assert!(found.is_some(), "the tests do not notice {:?}", Mutant::$mutant);
         }
     )*};
 }
 
-caught! {
+caught! { World::few;
     a_barrier_before_the_log_has_landed_is_noticed: SyncBeforeLog,
     a_missing_barrier_is_noticed: NoBarrier,
     freeing_slots_before_the_commit_is_noticed: EarlyFree,
@@ -82,6 +82,9 @@ caught! {
     moving_a_block_over_a_later_write_is_noticed: MoveBlindly,
     publishing_a_move_before_it_has_landed_is_noticed: MoveUnwritten,
     a_header_that_is_longer_than_its_backing_is_noticed: GrowBeforeBacking,
+}
+
+caught! { World::new;
     an_activation_without_a_first_barrier_is_noticed: NoFirstBarrier,
     forgetting_a_changed_page_is_noticed: EvictDirty,
     forgetting_a_page_while_it_is_being_written_is_noticed: EvictUnwritten,

@@ -75,20 +75,26 @@ fn wide_geometry() -> Geometry {
 impl Plan {
     /// A disk that only dies.
     pub(super) fn plain(dice: &mut Dice) -> Self {
-        let is_wide = dice.chance(25);
+        let mut plan = Self::few(dice);
+        plan.cache = cache(dice);
+        if dice.chance(25) {
+            plan.geometry = wide_geometry();
+            plan.stretches = WIDE;
+        }
+        plan
+    }
+
+    /// The same with few blocks, and memory for all of their map: much happens to each.
+    pub(super) fn few(dice: &mut Dice) -> Self {
         Self {
-            geometry: if is_wide {
-                wide_geometry()
-            } else {
-                small_geometry()
-            },
-            stretches: if is_wide { WIDE } else { FEW },
+            geometry: small_geometry(),
+            stretches: FEW,
             lanes: 2,
             // Small, so that it fills and wraps.
             ring_len: 8 << 10,
             longest: 3,
             steps: if dice.chance(8) { 1500 } else { 160 },
-            cache: cache(dice),
+            cache: 1 << 20,
             is_faulty: false,
         }
     }

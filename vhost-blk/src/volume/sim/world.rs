@@ -186,6 +186,13 @@ impl World {
         Self::with(plan, dice)
     }
 
+    /// The same with few blocks.
+    pub(super) fn few(seed: u64) -> Self {
+        let mut dice = Dice::new(seed);
+        let plan = Plan::few(&mut dice);
+        Self::with(plan, dice)
+    }
+
     /// A life on a disk that does all that a disk may.
     pub(super) fn faulty(seed: u64) -> Self {
         let mut dice = Dice::new(seed);
