@@ -18,9 +18,15 @@ impl Loop {
     fn new(files: &Files, name: &str, len: u64, sector: u32) -> Self {
         let path = files.path(name);
         File::create(&path).unwrap().set_len(len).unwrap();
+        Self::attach(&path, &["--sector-size", &sector.to_string()])
+    }
+
+    /// Over a file that is there.
+    fn attach(path: &Path, options: &[&str]) -> Self {
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &sector.to_string()])
-            .arg(&path)
+            .args(["--find", "--show"])
+            .args(options)
+            .arg(path)
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", stderr(&output));
@@ -420,13 +426,10 @@ fn a_read_only_device_is_refused_at_the_start_and_served_read_only() {
         return;
     }
     let files = Files::new();
-    let device = Loop::new(&files, "disk", 64 << 20, 512);
+    files.create("16M");
+    // Not `blockdev --setro`: a loop device keeps that for whoever gets it next.
+    let device = Loop::attach(&files.path("volume"), &["--read-only"]);
     let key = files.text("key");
-    succeeds(&["create", "--key-file", &key, &device.0]);
-    let set = Command::new("blockdev")
-        .args(["--setro", &device.0])
-        .status();
-    assert!(set.unwrap().success());
     let socket = files.text("sock");
     let serve = ["serve", "--volume", &device.0, "--key-file", &key];
     let said = fails(&[&serve[..], &["--socket-path", &socket]].concat(), 1);

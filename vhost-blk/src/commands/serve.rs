@@ -295,12 +295,13 @@ fn serve_all(
                 })
             })
             .collect();
-        let results = threads.into_iter().map(|thread| match thread.join() {
-            Ok(served) => served,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        // All are waited for, the first error is told.
-        results.fold(Ok(()), |all, one| all.and(one))
+        let mut all = Ok(());
+        for thread in threads {
+            let one = thread.join();
+            // The first error is told.
+            all = all.and(one.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        all
     })
 }
 
