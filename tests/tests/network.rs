@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use host_shim::guest::{self, Initrd};
 use host_shim::qemu::Version;
+use offload::control::ControlClient;
 use offload_tests::binaries::binary;
+use serde_json::json;
 use tempfile::TempDir;
 
 /// Far more than is needed: machines that run tests are slow and shared.
@@ -100,7 +102,10 @@ impl Guest {
         let initrd = Initrd {
             modules: &["virtio_pci", "virtio_net"],
             programs: &[],
-            files: &[("/lease", LEASE.as_bytes())],
+            files: &[
+                ("/lease", LEASE.as_bytes()),
+                ("/metadata", METADATA.as_bytes()),
+            ],
             script: AGENT,
         };
         let initrd_path = dir.join("initrd");
@@ -331,6 +336,102 @@ fn a_stock_guest_has_a_network_with_nothing_configured_on_the_host() {
         "wget -q -O - http://10.0.2.2:{web_port}/ | md5sum"
     ));
     assert!(again.contains(&sum), "{again}");
+}
+
+/// What cloud-init's EC2 data source does, in a shell: the token, then the walk.
+const METADATA: &str = r#"#!/bin/sh
+imds=169.254.169.254
+token=$(printf 'PUT /latest/api/token HTTP/1.1\r\nHost: %s\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\nConnection: close\r\n\r\n' $imds |
+    nc $imds 80 | tail -n 1)
+get() { wget -q -O - --header "X-aws-ec2-metadata-token: $token" "http://$imds/2021-03-23/$1"; }
+walk() {
+    for name in $(get "$1"); do
+        case $name in
+        */) walk "$1$name" ;;
+        [0-9]*=*) echo "$1${name%%=*}/openssh-key=$(get "$1${name%%=*}/openssh-key")" ;;
+        *) echo "$1$name=$(get "$1$name")" ;;
+        esac
+    done
+}
+walk meta-data/
+echo "user-data=$(get user-data)"
+get dynamic/instance-identity/document
+"#;
+
+#[test]
+fn a_stock_guest_finds_names_and_metadata_and_its_security_groups_change_under_it() {
+    let dir = TempDir::new().expect("a folder");
+    let socket = dir.path().join("net.sock");
+    let control = dir.path().join("control.sock");
+    let metadata = dir.path().join("metadata.toml");
+    let text = "instance-id = 'i-0abc'\npublic-keys = ['ssh-ed25519 AAAAkey alice']\n\
+                user-data = '#cloud-config'\n";
+    std::fs::write(&metadata, text).expect("room");
+    let _card = Card::start(
+        &socket,
+        &[
+            "--metadata",
+            metadata.to_str().expect("UTF-8"),
+            "--control-socket",
+            control.to_str().expect("UTF-8"),
+        ],
+    );
+    let mut guest = Guest::boot(dir.path(), &socket);
+    guest.ok("udhcpc -i eth0 -n -q -s /lease -O mtu -O hostname");
+
+    let names = guest.ok("nslookup guest7 10.0.2.3; nslookup instance-data 10.0.2.3");
+    assert!(names.contains("10.0.2.15"), "{names}");
+    assert!(names.contains("169.254.169.254"), "{names}");
+
+    let (refused, status) = guest.run("wget -O - http://169.254.169.254/latest/meta-data/");
+    assert!(status != 0 && refused.contains("401"), "{refused}");
+    let found = guest.ok("sh /metadata");
+    for line in [
+        "meta-data/instance-id=i-0abc",
+        "meta-data/local-ipv4=10.0.2.15",
+        "meta-data/local-hostname=guest7",
+        "meta-data/public-keys/0/openssh-key=ssh-ed25519 AAAAkey alice",
+        "meta-data/network/interfaces/macs/52:54:00:12:34:56/subnet-ipv4-cidr-block=10.0.2.0/24",
+        "user-data=#cloud-config",
+        "\"instanceId\": \"i-0abc\"",
+    ] {
+        assert!(found.contains(line), "no {line} in:\n{found}");
+    }
+
+    // A connection goes on when the rules that let it begin are gone; another one cannot begin.
+    let (listener, port) = listen();
+    guest.ok(&format!(
+        "(while true; do echo tick; sleep 1; done | nc 10.0.2.2 {port}) >/dev/null 2>&1 & sleep 1"
+    ));
+    let mut held = BufReader::new(listener.accept().expect("a connection").0);
+    held.get_ref()
+        .set_read_timeout(Some(PATIENCE))
+        .expect("a socket");
+    let mut client = ControlClient::connect(&control).expect("the control socket");
+    let report = client
+        .call("security_groups", json!(null))
+        .expect("an answer");
+    assert_eq!(report["spec"]["interface"], json!(["default"]));
+    let none = json!({"interface": ["shut"], "group": [{"id": "shut"}]});
+    client.call("set_security_groups", none).expect("an answer");
+    let wrong = json!({"interface": ["nobody"], "group": []});
+    let error = client
+        .call("set_security_groups", wrong)
+        .expect_err("a mistake");
+    assert!(error.to_string().contains("nobody"), "{error}");
+    let mut line = String::new();
+    for _ in 0..5 {
+        line.clear();
+        held.read_line(&mut line).expect("still there");
+        assert_eq!(line, "tick\n");
+    }
+    let (_, status) = guest.run(&format!("echo x | timeout 5 nc 10.0.2.2 {port}"));
+    assert_ne!(status, 0);
+    listener.set_nonblocking(true).expect("a socket");
+    assert!(listener.accept().is_err(), "the rules let it through");
+    // The card's own services are not filtered.
+    let found = guest.ok("sh /metadata");
+    assert!(found.contains("meta-data/instance-id=i-0abc"), "{found}");
 }
 
 fn connect(port: u16) -> TcpStream {
