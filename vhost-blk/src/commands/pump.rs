@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, squeue};
 
-use crate::device::driver::Driver;
+use crate::device::driver::{Driver, Started};
 use crate::volume::backing::FileBacking;
 use crate::volume::engine::{Done, Lane, Op, Payload, PayloadFault, Volume};
 
@@ -87,13 +87,24 @@ impl Pump {
                 self.lane.on_wake();
             }
             self.lane.turn();
+            let mut has_moved = false;
             while let Some(op) = self.lane.next_io() {
-                let (entry, user_data) = self.driver.start(op);
-                self.backlog.push_back(entry.user_data(user_data));
+                match self.driver.start(op) {
+                    Started::Entry(entry, user_data) => {
+                        self.backlog.push_back(entry.user_data(user_data));
+                    }
+                    Started::Done(id, result, buffer) => {
+                        has_moved = true;
+                        self.lane.on_io(id, result, buffer);
+                    }
+                }
             }
             self.push_backlog();
             if let Some(done) = self.lane.next_done() {
                 return Ok(Some(done));
+            }
+            if has_moved {
+                continue;
             }
             if self.driver.count() == 0 {
                 if self.lane.is_idle() {

@@ -24,11 +24,12 @@ use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::config::RANGES_MAX;
-use super::driver::Driver;
+use super::driver::{Driver, Started};
 use super::limits::{QueueGate, cost};
 use super::payload::{GuestPayload, View, gather};
 use super::request::{HEADER_LEN, RANGE_LEN, Refusal, Request, Shape, Status, parse, range, shape};
 use super::{QueueTerms, State};
+use crate::volume::buffer::Buffer;
 use crate::volume::engine::{Failure, Lane, Op, Payload};
 
 /// Blocks that are opened and sealed in a round of the queue's loop, or as many more as the last
@@ -111,16 +112,27 @@ impl BlockQueue {
         }
     }
 
-    /// Whether there was any.
+    /// Whether there was any to submit. What is done at once counts as work, of which a round does
+    /// only so much.
     fn start_io(&mut self, io: &mut QueueIo<'_>) -> bool {
         let mut has_some = false;
-        while let Some(op) = self.lane.next_io() {
-            let (entry, user_data) = self.driver.start(op);
-            // SAFETY: buffer and descriptor belong to `self.driver`, which gives a buffer away
-            // only in `finish`, on completion; the loop drops a handler only when none of its
-            // operations is under way.
-            unsafe { io.push(entry, user_data) };
-            has_some = true;
+        let mut moved = 0;
+        while moved < WORK_BLOCKS
+            && let Some(op) = self.lane.next_io()
+        {
+            match self.driver.start(op) {
+                Started::Entry(entry, user_data) => {
+                    // SAFETY: buffer and descriptor belong to `self.driver`, which gives a buffer
+                    // away only in `finish`, on completion; the loop drops a handler only when none
+                    // of its operations is under way.
+                    unsafe { io.push(entry, user_data) };
+                    has_some = true;
+                }
+                Started::Done(id, result, buffer) => {
+                    moved += buffer.as_ref().map_or(1, Buffer::blocks);
+                    self.lane.on_io(id, result, buffer);
+                }
+            }
         }
         has_some
     }
@@ -406,7 +418,8 @@ impl QueueHandler for BlockQueue {
             self.start_waiting(waiting, io);
         }
         self.lane.advance();
-        if self.lane.has_blocks() && self.start_io(io) {
+        // Also without blocks if the operations bring some at once.
+        if (self.driver.is_immediate() || self.lane.has_blocks()) && self.start_io(io) {
             // The disk can work meanwhile.
             io.submit();
         }
@@ -419,7 +432,8 @@ impl QueueHandler for BlockQueue {
     }
 
     fn has_more(&self) -> bool {
-        self.lane.has_more()
+        // Operations are left when a round had enough of those that are done at once.
+        self.lane.has_more() || self.lane.has_io()
     }
 
     fn chains_held(&self) -> usize {

@@ -142,7 +142,12 @@ pub struct FileBacking {
     len: AtomicU64,
     is_device: bool,
     is_direct: bool,
+    is_memory: bool,
 }
+
+/// `f_type` of file systems whose files are memory (statfs(2)).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
 /// How long a lock is waited for: the last requests of a process that was just killed are still
 /// landing.
@@ -318,11 +323,15 @@ impl FileBacking {
         } else {
             meta.len()
         };
+        let is_memory = !is_device
+            && rustix::fs::fstatfs(&file)
+                .is_ok_and(|fs| matches!(fs.f_type, TMPFS_MAGIC | RAMFS_MAGIC));
         Ok(Self {
             file,
             len: AtomicU64::new(len),
             is_device,
             is_direct,
+            is_memory,
         })
     }
 
@@ -351,6 +360,11 @@ impl FileBacking {
     /// Whether I/O goes around the page cache.
     pub const fn is_direct(&self) -> bool {
         self.is_direct
+    }
+
+    /// Whether it is a file of tmpfs or ramfs: then a transfer is a copy between two places of memory.
+    pub const fn is_memory(&self) -> bool {
+        self.is_memory
     }
 
     /// For I/O by io_uring. Its open file description carries the lock.

@@ -349,6 +349,11 @@ impl<P: Payload> Lane<P> {
                 && self.to_commit.is_empty())
     }
 
+    /// Whether there is an operation for the backing.
+    pub fn has_io(&self) -> bool {
+        !self.out.is_empty()
+    }
+
     /// The next operation for the backing.
     pub fn next_io(&mut self) -> Option<Io> {
         self.out.pop_front()
