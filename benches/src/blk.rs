@@ -54,6 +54,9 @@ pub struct Options {
     /// Seconds of a run [default: 1, quick: 0.3]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub time: Option<f64>,
+    /// Queues of every server and fio's threads; each has a job's whole depth
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub queues: u16,
     /// Only these jobs, like randread-4k-qd32,seqwrite-128k-qd16
     #[arg(long, value_name = "JOBS", value_delimiter = ',')]
     pub jobs: Vec<Job>,
@@ -104,6 +107,7 @@ struct Settings {
     disk_len: u64,
     rounds: u32,
     time: Duration,
+    queues: u16,
     jobs: Vec<Job>,
     picks: Vec<Pick>,
 }
@@ -116,6 +120,7 @@ impl Settings {
             disk_len: options.size.unwrap_or(if quick { 512 } else { 1024 }) << 20,
             rounds: options.rounds.unwrap_or(if quick { 3 } else { 5 }),
             time: Duration::from_secs_f64(seconds),
+            queues: options.queues,
             jobs: if options.jobs.is_empty() {
                 Job::standard().into()
             } else {
@@ -233,8 +238,15 @@ fn measure(
         card: card.to_owned(),
         dir: home.path().to_owned(),
         disk_len: settings.disk_len,
+        queues: settings.queues,
     };
     let mut notes = Vec::new();
+    if settings.queues > 1 {
+        notes.push(format!(
+            "{} queues, each with the depth given",
+            settings.queues
+        ));
+    }
     if cfg!(debug_assertions) {
         notes.push("not an optimised build: run with --release".to_owned());
     }
@@ -317,7 +329,7 @@ fn prepare(kind: Kind, place: &Place, stop: &Arc<AtomicBool>) -> Result<Running>
     let mut running = Running {
         kind,
         control: (kind == Kind::Offload).then(|| kind.control(place)),
-        client: Client::connect(&kind.socket(place), Arc::clone(stop))
+        client: Client::connect(&kind.socket(place), place.queues, Arc::clone(stop))
             .with_context(|| format!("the server says:\n{}", server.tail()))?,
         server,
     };
@@ -463,7 +475,9 @@ fn rounds(
                 bar.set_message(format!("{job}, {name}"));
                 let sample = match (running.get_mut(target), baseline) {
                     (Some(server), _) => server.sample(job, settings.time)?,
-                    (None, Some(file)) => fio::run(file, settings.disk_len, job, settings.time)?,
+                    (None, Some(file)) => {
+                        fio::run(file, settings.disk_len, settings.queues, job, settings.time)?
+                    }
                     (None, None) => continue,
                 };
                 if stop.load(Ordering::Relaxed) {

@@ -1,4 +1,5 @@
-//! The client that drives every vhost-user server: `blkio`'s virtio-blk driver, one queue.
+//! The client that drives every vhost-user server: `blkio`'s virtio-blk driver, with one queue, or
+//! with several, each of which has a thread while a job runs.
 //!
 //! It waits for completions by notification (eventfd), as a guest's kernel does, and not by
 //! polling, which would take a core that the servers could use. Each request in flight has a slot
@@ -18,7 +19,7 @@ use thiserror::Error;
 
 use crate::job::{BLOCK_MAX, BLOCK_MIN, DEPTH_MAX, Job, Pattern, QUEUE_SIZE};
 
-/// Bytes of shared memory.
+/// Bytes of shared memory of a queue.
 const ARENA_LEN: usize = 32 << 20;
 /// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -81,11 +82,19 @@ pub struct Outcome {
 
 /// A connection to a server.
 pub struct Client {
-    // Dropped before the driver that owns its memory.
-    queue: Blkioq,
+    // Dropped before the driver that owns their memory.
+    lanes: Vec<Lane>,
     _driver: Blkio,
+    capacity: u64,
+}
+
+/// A queue of it.
+struct Lane {
+    queue: Blkioq,
     arena: MemoryRegion,
     capacity: u64,
+    /// Part of the disk at which jobs in order begin.
+    begin: f64,
     random: fastrand::Rng,
     stop: Arc<AtomicBool>,
 }
@@ -104,38 +113,50 @@ fn driver_error(doing: &'static str) -> impl Fn(blkio::Error) -> ClientError {
 }
 
 impl Client {
-    /// Connects to the server that listens on `socket`. When `stop` is set, whatever runs ends with
-    /// [`ClientError::Interrupted`].
+    /// Connects to the server that listens on `socket`, which has at least so many queues. When
+    /// `stop` is set, whatever runs ends with [`ClientError::Interrupted`].
     ///
     /// # Errors
     /// No connection in time, or the driver refuses the device.
-    pub fn connect(socket: &Path, stop: Arc<AtomicBool>) -> Result<Self, ClientError> {
+    pub fn connect(socket: &Path, queues: u16, stop: Arc<AtomicBool>) -> Result<Self, ClientError> {
         let mut driver = connect(socket)?;
-        let start = driver_error("starting the queue");
-        driver.set_i32("num-queues", 1).map_err(&start)?;
+        let start = driver_error("starting the queues");
+        driver
+            .set_i32("num-queues", i32::from(queues))
+            .map_err(&start)?;
         driver
             .set_i32("queue-size", i32::from(QUEUE_SIZE))
             .map_err(&start)?;
         let capacity = driver.get_u64("capacity").map_err(&start)?;
-        let queue = driver.start().map_err(&start)?.queues.pop();
-        let queue = queue.ok_or_else(|| ClientError::Connect {
-            socket: socket.to_owned(),
-            reason: "no queue".to_owned(),
-        })?;
-        let memory = driver_error("sharing memory");
-        let arena = driver.alloc_mem_region(ARENA_LEN).map_err(&memory)?;
-        driver.map_mem_region(&arena).map_err(&memory)?;
-        let mut client = Self {
-            queue,
+        let started = driver.start().map_err(&start)?.queues;
+        if started.len() != usize::from(queues) {
+            return Err(ClientError::Connect {
+                socket: socket.to_owned(),
+                reason: format!("{} queues instead of {queues}", started.len()),
+            });
+        }
+        let mut lanes = Vec::new();
+        for (index, queue) in (0..queues).zip(started) {
+            let memory = driver_error("sharing memory");
+            let arena = driver.alloc_mem_region(ARENA_LEN).map_err(&memory)?;
+            driver.map_mem_region(&arena).map_err(&memory)?;
+            let mut lane = Lane {
+                queue,
+                arena,
+                capacity,
+                begin: f64::from(index) / f64::from(queues),
+                random: fastrand::Rng::with_seed(0x0ff_10ad + u64::from(index)),
+                stop: Arc::clone(&stop),
+            };
+            let mut random = lane.random.clone();
+            random.fill(lane.slice(0, ARENA_LEN));
+            lanes.push(lane);
+        }
+        Ok(Self {
+            lanes,
             _driver: driver,
-            arena,
             capacity,
-            random: fastrand::Rng::with_seed(0x0ff_10ad),
-            stop,
-        };
-        let mut random = client.random.clone();
-        random.fill(client.slice(0, ARENA_LEN));
-        Ok(client)
+        })
     }
 
     /// Bytes of the disk.
@@ -144,12 +165,84 @@ impl Client {
         self.capacity
     }
 
+    fn first(&mut self) -> &mut Lane {
+        // `connect` saw to it that there are as many as were asked for, and `blkio` starts no
+        // device without a queue.
+        self.lanes.first_mut().expect("a queue")
+    }
+
     /// Writes the whole disk with bytes that [`Self::verify`] knows, and flushes. `progress` gets
     /// the bytes done.
     ///
     /// # Errors
     /// A request fails.
     pub fn fill(&mut self, progress: impl Fn(u64)) -> Result<(), ClientError> {
+        self.first().fill(progress)
+    }
+
+    /// Reads `count` random blocks and compares them with what [`Self::fill`] wrote.
+    ///
+    /// # Errors
+    /// [`ClientError::WrongData`], or a request fails.
+    pub fn verify(&mut self, count: u32) -> Result<(), ClientError> {
+        self.first().verify(count)
+    }
+
+    /// Runs a job on all queues for this long; the job's depth is each queue's.
+    ///
+    /// # Errors
+    /// A request fails or takes far too long; the disk is too small.
+    pub fn run(&mut self, job: &Job, time: Duration) -> Result<Outcome, ClientError> {
+        let [lane] = self.lanes.as_mut_slice() else {
+            return std::thread::scope(|scope| {
+                let threads: Vec<_> = self
+                    .lanes
+                    .iter_mut()
+                    .map(|lane| scope.spawn(move || lane.run(job, time)))
+                    .collect();
+                let mut total = Outcome {
+                    requests: 0,
+                    elapsed: Duration::ZERO,
+                    latency: histogram(),
+                };
+                for thread in threads {
+                    let one = thread.join().expect("a queue's thread does not panic")?;
+                    total.requests += one.requests;
+                    total.elapsed = total.elapsed.max(one.elapsed);
+                    // Both have the same bounds.
+                    let _ = total.latency.add(&one.latency);
+                }
+                Ok(total)
+            });
+        };
+        lane.run(job, time)
+    }
+
+    /// Reads or writes 4 KiB at each of these byte offsets, `depth` at a time, until there are no
+    /// more. Writes carry random bytes.
+    ///
+    /// # Errors
+    /// A request fails or takes far too long.
+    pub fn each(
+        &mut self,
+        is_read: bool,
+        depth: usize,
+        offsets: impl Iterator<Item = u64>,
+    ) -> Result<Outcome, ClientError> {
+        self.first().each(is_read, depth, offsets)
+    }
+
+    /// Makes everything durable.
+    ///
+    /// # Errors
+    /// The flush fails.
+    pub fn flush(&mut self) -> Result<(), ClientError> {
+        self.first().flush()
+    }
+}
+
+impl Lane {
+    fn fill(&mut self, progress: impl Fn(u64)) -> Result<(), ClientError> {
         let mut next = 0;
         let mut free: Vec<usize> = (0..FILL_DEPTH).collect();
         let mut done = [0; DEPTH_MAX as usize];
@@ -177,11 +270,7 @@ impl Client {
         self.flush()
     }
 
-    /// Reads `count` random blocks and compares them with what [`Self::fill`] wrote.
-    ///
-    /// # Errors
-    /// [`ClientError::WrongData`], or a request fails.
-    pub fn verify(&mut self, count: u32) -> Result<(), ClientError> {
+    fn verify(&mut self, count: u32) -> Result<(), ClientError> {
         let len = BLOCK_MIN as usize;
         let mut expected = vec![0; len];
         for _ in 0..count {
@@ -197,11 +286,7 @@ impl Client {
         Ok(())
     }
 
-    /// Runs a job for this long.
-    ///
-    /// # Errors
-    /// A request fails or takes far too long; the disk is too small.
-    pub fn run(&mut self, job: &Job, time: Duration) -> Result<Outcome, ClientError> {
+    fn run(&mut self, job: &Job, time: Duration) -> Result<Outcome, ClientError> {
         let depth = usize::from(job.depth);
         let blocks = self.capacity / u64::from(job.block);
         if blocks < u64::from(job.depth) {
@@ -211,7 +296,12 @@ impl Client {
             });
         }
         let mut latency = histogram();
-        let mut cursor = 0;
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss
+        )]
+        let mut cursor = (blocks as f64 * self.begin) as u64;
         let mut done = [0; DEPTH_MAX as usize];
         let begin = Instant::now();
         // Per slot: when its request began, and whether what is under way is the flush.
@@ -264,12 +354,7 @@ impl Client {
         })
     }
 
-    /// Reads or writes 4 KiB at each of these byte offsets, `depth` at a time, until there are no
-    /// more. Writes carry random bytes.
-    ///
-    /// # Errors
-    /// A request fails or takes far too long.
-    pub fn each(
+    fn each(
         &mut self,
         is_read: bool,
         depth: usize,
@@ -320,11 +405,7 @@ impl Client {
         })
     }
 
-    /// Makes everything durable.
-    ///
-    /// # Errors
-    /// The flush fails.
-    pub fn flush(&mut self) -> Result<(), ClientError> {
+    fn flush(&mut self) -> Result<(), ClientError> {
         self.queue.flush(0, ReqFlags::empty());
         self.reap(&mut [0]).map(drop)
     }

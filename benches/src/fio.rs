@@ -60,18 +60,24 @@ struct Completion {
     percentile: std::collections::BTreeMap<String, f64>,
 }
 
-/// Runs a job on the first `len` bytes of a file.
+/// Runs a job on the first `len` bytes of a file, in each of `threads` threads.
 ///
 /// # Errors
 /// `fio` is missing, fails or says something else than it used to.
-pub fn run(file: &Path, len: u64, job: &Job, time: Duration) -> Result<Sample, FioError> {
-    let output = command(file, len, job, time)
+pub fn run(
+    file: &Path,
+    len: u64,
+    threads: u16,
+    job: &Job,
+    time: Duration,
+) -> Result<Sample, FioError> {
+    let output = command(file, len, threads, job, time)
         .output()
         .map_err(FioError::Start)?;
-    read(job, &output)
+    read(job, threads, &output)
 }
 
-fn command(file: &Path, len: u64, job: &Job, time: Duration) -> Command {
+fn command(file: &Path, len: u64, threads: u16, job: &Job, time: Duration) -> Command {
     let rw = match job.pattern {
         Pattern::RandRead => "randread",
         Pattern::RandWrite | Pattern::WriteFlush => "randwrite",
@@ -88,6 +94,10 @@ fn command(file: &Path, len: u64, job: &Job, time: Duration) -> Command {
         .arg(format!("--filename={}", file.display()))
         .arg(format!("--size={len}"))
         .arg(format!("--rw={rw}"))
+        .args([
+            "--group_reporting".to_owned(),
+            format!("--numjobs={threads}"),
+        ])
         .arg(format!("--bs={}", job.block))
         .arg(format!("--iodepth={}", job.depth))
         .arg(format!("--runtime={}ms", time.as_millis()));
@@ -97,7 +107,7 @@ fn command(file: &Path, len: u64, job: &Job, time: Duration) -> Command {
     command
 }
 
-fn read(job: &Job, output: &Output) -> Result<Sample, FioError> {
+fn read(job: &Job, threads: u16, output: &Output) -> Result<Sample, FioError> {
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(FioError::Failed(text));
@@ -110,7 +120,8 @@ fn read(job: &Job, output: &Output) -> Result<Sample, FioError> {
         &report.write
     };
     let seconds = side.runtime / 1e3;
-    let cpu = (report.usr_cpu + report.sys_cpu) / 100.0 * seconds;
+    // In percent of the time of all threads together.
+    let cpu = (report.usr_cpu + report.sys_cpu) / 100.0 * seconds * f64::from(threads);
     // What it calls latency of a write leaves out the flush, so there it says nothing.
     let latency = (job.pattern != Pattern::WriteFlush).then(|| {
         let at = |key: &str| side.clat_ns.percentile.get(key).map_or(0.0, |ns| ns / 1e3);
@@ -148,7 +159,7 @@ mod tests {
     #[test]
     fn its_report_becomes_a_sample() {
         let job: Job = "randread-4k-qd32".parse().unwrap();
-        let sample = read(&job, &output(0, REPORT, "")).unwrap();
+        let sample = read(&job, 1, &output(0, REPORT, "")).unwrap();
         assert_eq!(sample.iops, 20_000.0);
         assert_eq!(sample.cpu_us, 20.0);
         assert_eq!(sample.latency.unwrap().p99_us, 90.0);
@@ -157,9 +168,9 @@ mod tests {
     #[test]
     fn its_complaint_is_repeated() {
         let job: Job = "randread-4k-qd32".parse().unwrap();
-        let error = read(&job, &output(1, "", "no io_uring here")).unwrap_err();
+        let error = read(&job, 1, &output(1, "", "no io_uring here")).unwrap_err();
         assert!(error.to_string().contains("no io_uring here"));
-        let error = read(&job, &output(0, "{}", "")).unwrap_err();
+        let error = read(&job, 1, &output(0, "{}", "")).unwrap_err();
         assert!(matches!(error, FioError::Report(_)));
     }
 }

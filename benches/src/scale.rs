@@ -214,7 +214,7 @@ impl Bench<'_> {
         let begin = Instant::now();
         let server = Server::start(&self.card, &all, &socket, self.home.join("log"))?;
         let listening = begin.elapsed();
-        let mut client = Client::connect(&socket, Arc::clone(&self.stop))
+        let mut client = Client::connect(&socket, 1, Arc::clone(&self.stop))
             .with_context(|| format!("the card says:\n{}", server.tail()))?;
         client.each(true, 1, std::iter::once(0))?;
         let opening = Opening {

@@ -72,6 +72,8 @@ pub struct Place {
     pub dir: PathBuf,
     /// Bytes of a disk.
     pub disk_len: u64,
+    /// Queues of a server.
+    pub queues: u16,
 }
 
 impl Kind {
@@ -95,7 +97,7 @@ impl Kind {
         let (name, about) = match self {
             Self::Offload => (
                 OURS,
-                "vhost-blk, one queue, on a volume file; AES-256-GCM, authenticated. It writes out of \
+                "vhost-blk, a thread a queue, on a volume file; AES-256-GCM, authenticated. It writes out of \
                  place: what a round's random writes scatter is moved together between the rounds, \
                  as it would be while a guest is idle, and not while anything is measured",
             ),
@@ -202,13 +204,14 @@ impl Kind {
         );
         // An iothread polls for a while before it sleeps. Without it the export is slower.
         let export = join(
-            "type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=1,iothread=t,\
-             addr.type=unix,addr.path=",
+            "type=vhost-user-blk,id=e,node-name=disk,writable=on,iothread=t,addr.type=unix,\
+             addr.path=",
             &socket,
         );
+        let queues = place.queues.to_string();
         let format = match self {
             Self::Offload => {
-                return args(["serve", "--queues", "1", "--queue-size"])
+                return args(["serve", "--queues", &queues, "--queue-size"])
                     .chain([QUEUE_SIZE.to_string().into(), "--socket-path".into()])
                     .chain([socket.into(), "--volume".into(), file.into()])
                     .chain(["--key-file".into(), key.into()])
@@ -222,7 +225,7 @@ impl Kind {
         args(["--object", "iothread,id=t", "--object"])
             .chain([secret(&key), "--blockdev".into(), protocol])
             .chain(args(["--blockdev", format, "--export"]))
-            .chain([export])
+            .chain([join(&format!("num-queues={queues},"), Path::new(&export))])
             .collect()
     }
 }
@@ -295,6 +298,7 @@ mod tests {
             card: "/bin/card".into(),
             dir: "/dir".into(),
             disk_len: 1 << 30,
+            queues: 3,
         }
     }
 
@@ -305,6 +309,7 @@ mod tests {
             let text = args.join(&OsString::from(" ")).into_string().unwrap();
             assert_eq!(text.matches("cache.direct=on").count(), 2, "{text}");
             assert!(text.contains("aio=io_uring"), "{text}");
+            assert!(text.contains("num-queues=3,"), "{text}");
             assert!(
                 text.contains(&format!("addr.path=/dir/{}.sock", kind.stem())),
                 "{text}"
