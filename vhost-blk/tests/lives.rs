@@ -11,7 +11,23 @@ use common::*;
 
 #[test]
 fn kill_9_under_load_loses_no_acknowledged_write() {
-    let files = Files::with_volume("64M");
+    kill_9_under_load(&Files::with_volume("64M"));
+}
+
+/// Where the card does not use io_uring for data.
+#[test]
+fn kill_9_under_load_loses_no_acknowledged_write_in_memory() {
+    let memory = std::path::Path::new("/dev/shm");
+    if !memory.is_dir() {
+        eprintln!("no tmpfs at /dev/shm: not tested");
+        return;
+    }
+    let files = Files::within(memory);
+    files.create("64M");
+    kill_9_under_load(&files);
+}
+
+fn kill_9_under_load(files: &Files) {
     let mut card = files.serve(&["--queues", "2"]);
     let options = Options {
         queues: 2,
