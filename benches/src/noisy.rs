@@ -210,6 +210,7 @@ impl Card {
             card: card.to_owned(),
             dir,
             disk_len,
+            queues: 1,
         };
         Kind::Offload.create(&place)?;
         Ok(Self {
@@ -230,7 +231,7 @@ impl Card {
     }
 
     fn fill(&self, name: &str, stop: &Arc<AtomicBool>) -> Result<Client> {
-        let mut client = Client::connect(&self.socket, Arc::clone(stop))
+        let mut client = Client::connect(&self.socket, 1, Arc::clone(stop))
             .with_context(|| format!("the card says:\n{}", self.server.tail()))?;
         let bar = bar(client.capacity(), "{bytes}/{total_bytes}");
         bar.set_message(format!("filling {name}"));
@@ -263,7 +264,7 @@ impl Noise {
         let (count, quiet) = (Arc::clone(&requests), Arc::clone(&is_quiet));
         let (socket, stop) = (socket.to_owned(), Arc::clone(stop));
         let thread = std::thread::spawn(move || {
-            let mut client = Client::connect(&socket, stop)?;
+            let mut client = Client::connect(&socket, 1, stop)?;
             let mut order = Order::Stop;
             loop {
                 let new = match order {
