@@ -381,10 +381,7 @@ impl Conntrack {
         let seconds = self.seconds(now);
         let mut left = limit;
         for class in 0..CLASSES {
-            loop {
-                let Some(list) = self.lists.get(class) else {
-                    break;
-                };
+            while let Some(list) = self.lists.get(class) {
                 let index = list.oldest;
                 let timeout = self.timeouts.get(class).copied().unwrap_or(0);
                 let oldest = self.entries.get(index as usize);

@@ -107,7 +107,9 @@ mod tests {
     use super::*;
 
     /// Direction flags, nanoseconds, original length, kept bytes.
-    fn read(stream: &[u8]) -> (String, Vec<(u32, u64, u32, Vec<u8>)>) {
+    type Packet = (u32, u64, u32, Vec<u8>);
+
+    fn read(stream: &[u8]) -> (String, Vec<Packet>) {
         let mut reader = PcapNGReader::new(1 << 20, stream).unwrap();
         let (mut name, mut packets) = (String::new(), Vec::new());
         loop {

@@ -99,7 +99,7 @@ fn a_solicit_is_advertised_the_address_resolver_and_search_list() {
         reply.opts().get(OptionCode::DomainNameServers),
         Some(&DhcpOption::DomainNameServers(vec![spec().v6.unwrap().dns]))
     );
-    let list = vec![Name::from_ascii("example.internal").unwrap()];
+    let list = [Name::from_ascii("example.internal").unwrap()];
     let Some(DhcpOption::DomainSearchList(names)) = reply.opts().get(OptionCode::DomainSearchList)
     else {
         panic!("no search list")
