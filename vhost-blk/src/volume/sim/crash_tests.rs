@@ -73,7 +73,6 @@ caught! { World::few;
     not_verifying_the_last_commit_is_noticed: SkipVerify,
     acknowledging_before_the_data_landed_is_noticed: EarlyAck,
     ignoring_the_delta_ring_is_noticed: IgnoreRing,
-    replaying_committed_ring_records_is_noticed: ReplayAllRing,
     a_superblock_without_a_barrier_for_its_pages_is_noticed: NoPageBarrier,
     overwriting_pages_before_the_superblock_is_durable_is_noticed: EarlyPageFree,
     going_on_with_a_dead_process_session_is_noticed: SameSession,

@@ -20,6 +20,7 @@ use crate::volume::engine::{
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, CHUNK_SLOTS, FANOUT, Geometry, Slot};
 use crate::volume::map::PAGE_COST;
+use crate::volume::mutant::{self, Mutant};
 use crate::volume::page::{PagePlace, TreeKind};
 use crate::volume::recover::{recover, recover_within};
 use crate::volume::ring::{self, RingMemory};
@@ -907,4 +908,53 @@ fn a_page_that_cannot_be_read_does_not_keep_a_volume_from_opening() {
         disk.sync().expect("syncs");
         disk.restore(image);
     }
+}
+
+/// A ring that went around once and is empty: at its tail lies a record of the lap before, of a
+/// write that a discard has undone since.
+fn ring_with_a_released_record(disk: &Arc<SimDisk>) -> Arc<SimRing> {
+    // Room for 46 records of one block.
+    let ring = fresh_ring(disk, 8 << 10);
+    let mut rig = Rig::serve(disk, Some(ring.clone()), 1);
+    let mut write = |block: u64, then: Op| {
+        rig.write(0, block, 1);
+        rig.run(|_| false);
+        rig.submit(0, then);
+        rig.run(|_| false);
+    };
+    write(1, Op::Flush);
+    write(
+        5,
+        Op::Discard {
+            offset: 5 * BLOCK_LEN as u64,
+            len: BLOCK_LEN as u64,
+        },
+    );
+    for _ in 2..=46 {
+        write(1, Op::Flush);
+    }
+    assert!(rig.done.iter().all(Result::is_ok));
+    drop(rig);
+    disk.sync().expect("syncs");
+    ring
+}
+
+#[test]
+fn a_write_that_a_discard_undid_does_not_come_back_from_the_delta_ring() {
+    let disk = volume_on(small_geometry());
+    let ring = ring_with_a_released_record(&disk);
+    open(&disk).attach(Some(ring)).expect("the ring fits");
+    let found = recover(&*disk, &material()).expect("opens");
+    assert_eq!(found.blocks(&*disk).len(), 1);
+}
+
+#[test]
+fn replaying_committed_ring_records_is_noticed() {
+    let disk = volume_on(small_geometry());
+    let ring = ring_with_a_released_record(&disk);
+    mutant::set(Some(Mutant::ReplayAllRing));
+    let attached = open(&disk).attach(Some(ring));
+    mutant::set(None);
+    let found = recover(&*disk, &material()).expect("opens");
+    assert!(attached.is_err() || found.blocks(&*disk).len() > 1);
 }
