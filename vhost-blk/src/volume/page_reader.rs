@@ -25,6 +25,9 @@ impl std::fmt::Display for PageFault {
     }
 }
 
+/// What is to be told of each page: its opened bytes, or why there are none.
+pub type EachPage<'e> = &'e mut dyn FnMut(&Want, Result<&[u8], PageFault>);
+
 /// Reads pages of a volume that nobody writes to meanwhile.
 #[derive(Clone, Copy)]
 pub struct PageReader<'b> {
@@ -40,7 +43,7 @@ pub struct PageReader<'b> {
 
 impl PageReader<'_> {
     /// Reads and authenticates pages. `each` is given every one of them once, in any order.
-    pub fn read(&self, wants: &[Want], each: &mut dyn FnMut(&Want, Result<&[u8], PageFault>)) {
+    pub fn read(&self, wants: &[Want], each: EachPage<'_>) {
         let mut possible = Vec::with_capacity(wants.len());
         for want in wants {
             let has_session = self.keyring.get(want.entry.session()).is_some();
