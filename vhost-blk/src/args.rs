@@ -45,7 +45,8 @@ pub enum Command {
     Resize(ResizeArgs),
     /// Say what a volume is; without a key, what can be read without one
     Info(InfoArgs),
-    /// Authenticate everything that a volume holds. Exit status: 0 clean, 1 damaged, 2 not checked
+    /// Authenticate everything that a volume holds, and repair what can be. Exit status: 0 clean (or
+    /// is now, with --repair), 1 damaged, 2 not checked, or not repaired
     Check(CheckArgs),
     /// Make a volume from a disk image: raw, or what qemu-img reads
     Import(ImportArgs),
@@ -252,6 +253,16 @@ pub struct CheckArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Mend the header's copies and the record of which slots are free. No data is given up
+    #[arg(long)]
+    pub repair: bool,
+    /// Give up what does not authenticate: list it, then let it read as zeros. What the backing
+    /// cannot read is left
+    #[arg(long, requires = "repair")]
+    pub zero_damaged: bool,
+    /// Repair a volume that was not closed: no guest of it is left
+    #[arg(long, requires = "repair")]
+    pub force: bool,
     /// File or block device
     #[arg(value_name = "VOLUME")]
     pub volume: PathBuf,
@@ -378,6 +389,9 @@ mod tests {
         assert!(parse("create --size 1G --key-file k --passphrase-file p v").is_err());
         assert!(parse("info v").is_ok());
         assert!(parse("check v").is_err());
+        assert!(parse("check --key-file k --repair --zero-damaged --force v").is_ok());
+        assert!(parse("check --key-file k --zero-damaged v").is_err());
+        assert!(parse("check --key-file k --force v").is_err());
     }
 
     #[test]

@@ -11,23 +11,28 @@
 //! The map is gone through twice, page by page: for the space, then for the data, which several
 //! threads read. So memory does not grow with the volume beyond two bits for each slot, the space
 //! tree, and faults, should there be many.
+//!
+//! With `--repair` the volume is opened for writing, and what was found is handed to [`repair`].
 
-use std::ops::ControlFlow;
-use std::sync::{Mutex, mpsc};
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex, mpsc};
 
+use anyhow::Context;
 use offload::cli::format_size;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::open::{any_volume, id_text, serial_text};
+use super::open::{id_text, key, serial_text};
 use super::progress;
+use super::repair::{self, Repaired};
 use crate::args::CheckArgs;
-use crate::volume::backing::{Access, Backing};
+use crate::volume::backing::{Access, Backing, FileBacking};
 use crate::volume::buffer::Buffer;
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, CHUNK_SLOTS, FANOUT, Geometry, Slot};
 use crate::volume::map::Visit;
-use crate::volume::page::Page;
-use crate::volume::recover::Recovered;
+use crate::volume::page::{Page, PagePlace};
+use crate::volume::page_reader::PageFault;
+use crate::volume::recover::{Recovered, recover};
 use crate::volume::sealing::Keyring;
 
 /// Problems that are listed; the rest is counted.
@@ -37,25 +42,76 @@ const THREADS: usize = 4;
 /// Stretches found that none of them has taken yet.
 const QUEUED: usize = 256;
 
-/// Checks; whether all is well.
+/// Checks, and repairs if asked to; whether all is well (then).
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<bool> {
-    let (backing, recovered) = any_volume(&args.volume, args.key.source(), Access::Read, None)?;
+    let access = if args.repair {
+        Access::Write
+    } else {
+        Access::Read
+    };
+    let material = key(args.key.source())?;
+    let backing = Arc::new(FileBacking::open(&args.volume, access)?);
+    let recovered = recover(&*backing, &material)
+        .with_context(|| format!("cannot open the volume {}", args.volume.display()))?;
+    if args.repair {
+        repair::refuse(args, &recovered)?;
+    }
     let mut findings = Findings::default();
     if recovered.superblock.incomplete {
         findings.add("the import into it has not ended: parts of the image are missing".to_owned());
     }
-    check_copies(&recovered, &mut findings);
-    check_pages(&recovered, &mut findings);
-    let blocks = check_space(&recovered, &*backing, &mut findings);
-    check_data(&recovered, &*backing, blocks, &mut findings);
-    report(args, &recovered, blocks, &findings);
-    Ok(findings.count == 0)
+    let blocks = check_structure(&recovered, &*backing, &mut findings);
+    findings.faults = check_data(&recovered, &*backing, blocks);
+    add_faults(&mut findings);
+    let about = About::of(&recovered, blocks);
+    if !args.json {
+        about.say(args);
+        findings.say("damaged");
+    }
+    let repaired = match args.repair {
+        true => Some(repair::run(
+            args, &backing, recovered, &material, &findings,
+        )?),
+        false => None,
+    };
+    let left = repaired.as_ref().map_or(findings.count, |r| r.left.count);
+    let word = match (left, findings.count, &repaired) {
+        (0, _, Some(repaired)) if !repaired.done.is_empty() => "repaired",
+        (0, ..) => "clean",
+        _ => "damaged",
+    };
+    if args.json {
+        say!("{:#}", about.json(&findings, repaired.as_ref(), left == 0));
+        return Ok(left == 0);
+    }
+    if let Some(repaired) = repaired {
+        repaired.say();
+    }
+    say!("{word}");
+    Ok(left == 0)
+}
+
+/// All but the data. How many blocks are mapped.
+pub(super) fn check_structure(
+    recovered: &Recovered,
+    backing: &dyn Backing,
+    findings: &mut Findings,
+) -> u64 {
+    check_copies(recovered, findings);
+    check_pages(recovered, findings);
+    check_space(recovered, backing, findings)
 }
 
 #[derive(Debug, Default)]
-struct Findings {
-    listed: Vec<String>,
-    count: u64,
+pub(super) struct Findings {
+    pub(super) listed: Vec<String>,
+    pub(super) count: u64,
+    /// Pages of the map that cannot be had, with the blocks below them.
+    pub(super) lost: Vec<(PagePlace, Range<u64>, PageFault)>,
+    /// Blocks that are said to be where no data can be.
+    pub(super) impossible: Vec<u64>,
+    /// Blocks whose data are not what was written, or cannot be had.
+    pub(super) faults: Vec<(u64, Fault)>,
 }
 
 impl Findings {
@@ -63,6 +119,16 @@ impl Findings {
         self.count += 1;
         if self.listed.len() < LISTED {
             self.listed.push(text);
+        }
+    }
+
+    pub(super) fn say(&self, word: &str) {
+        for problem in &self.listed {
+            say!("  {word}: {problem}");
+        }
+        let rest = self.count - self.listed.len() as u64;
+        if rest > 0 {
+            say!("  and {rest} more");
         }
     }
 }
@@ -182,6 +248,7 @@ fn check_space(recovered: &Recovered, backing: &dyn Backing, findings: &mut Find
                 let first = leaves.start.saturating_mul(FANOUT).min(geometry.blocks);
                 let end = leaves.end.saturating_mul(FANOUT).min(geometry.blocks);
                 findings.add(format!("{place} {fault}: blocks {first} to {end} are lost"));
+                findings.lost.push((place, first..end, fault));
             }
         }
         ControlFlow::Continue(())
@@ -210,10 +277,13 @@ fn check_slot(
     findings: &mut Findings,
 ) {
     match data.add(slot) {
-        None => findings.add(format!(
-            "block {block} is said to be in slot {}, where no data can be",
-            slot.0
-        )),
+        None => {
+            findings.impossible.push(block);
+            findings.add(format!(
+                "block {block} is said to be in slot {}, where no data can be",
+                slot.0
+            ));
+        }
         Some(false) => findings.add(format!(
             "slot {} is used by block {block} and another one",
             slot.0
@@ -260,13 +330,13 @@ fn stretches(geometry: &Geometry, leaf: u64, page: &Page) -> Vec<Stretch> {
 
 /// What is wrong with a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
+pub(super) enum Fault {
     NotAuthentic,
     Unreadable,
 }
 
-/// Reads and authenticates all data, `blocks` blocks.
-fn check_data(recovered: &Recovered, backing: &dyn Backing, blocks: u64, findings: &mut Findings) {
+/// Reads and authenticates all data, `blocks` blocks. What is wrong, in order.
+fn check_data(recovered: &Recovered, backing: &dyn Backing, blocks: u64) -> Vec<(u64, Fault)> {
     let bar = progress::bytes(blocks * BLOCK_LEN as u64, "checking");
     let geometry = &recovered.superblock.geometry;
     let keyring = &recovered.keyring;
@@ -304,7 +374,12 @@ fn check_data(recovered: &Recovered, backing: &dyn Backing, blocks: u64, finding
     bar.finish_and_clear();
     let mut faults = faults.into_inner().unwrap_or_else(|e| e.into_inner());
     faults.sort_unstable_by_key(|(block, _)| *block);
-    for (first, last, fault) in group(&faults) {
+    faults
+}
+
+/// Lists the faults of data.
+pub(super) fn add_faults(findings: &mut Findings) {
+    for (first, last, fault) in group(&findings.faults) {
         let what = match fault {
             Fault::NotAuthentic => "does not authenticate",
             Fault::Unreadable => "cannot be read from the backing",
@@ -357,49 +432,69 @@ fn group(faults: &[(u64, Fault)]) -> Vec<(u64, u64, Fault)> {
     groups
 }
 
-fn report(args: &CheckArgs, recovered: &Recovered, blocks: u64, findings: &Findings) {
-    let superblock = &recovered.superblock;
-    let log = match (superblock.clean, recovered.dropped) {
-        (true, _) => "empty: the volume was closed".to_owned(),
-        (false, dropped) => format!(
-            "{} batches replayed{}",
-            recovered.replayed,
-            if dropped {
-                "; the last one was not complete and does not count"
-            } else {
-                ""
-            }
-        ),
-    };
-    let is_clean = findings.count == 0;
-    if args.json {
-        let report = json!({
+/// What the report begins with.
+struct About {
+    id: String,
+    serial: String,
+    len: u64,
+    blocks: u64,
+    log: String,
+}
+
+impl About {
+    fn of(recovered: &Recovered, blocks: u64) -> Self {
+        let superblock = &recovered.superblock;
+        let log = match (superblock.clean, recovered.dropped) {
+            (true, _) => "empty: the volume was closed".to_owned(),
+            (false, dropped) => format!(
+                "{} batches replayed{}",
+                recovered.replayed,
+                if dropped {
+                    "; the last one was not complete and does not count"
+                } else {
+                    ""
+                }
+            ),
+        };
+        Self {
+            id: id_text(&superblock.id),
+            serial: serial_text(&superblock.serial),
+            len: superblock.geometry.volume_len(),
+            blocks,
+            log,
+        }
+    }
+
+    fn say(&self, args: &CheckArgs) {
+        say!(
+            "{}: volume {}, {}\n  data  {} blocks ({}) read\n  log   {}",
+            args.volume.display(),
+            self.serial,
+            format_size(self.len),
+            self.blocks,
+            format_size(self.blocks * BLOCK_LEN as u64),
+            self.log
+        );
+    }
+
+    fn json(&self, findings: &Findings, repaired: Option<&Repaired>, is_clean: bool) -> Value {
+        let mut report = json!({
             "clean": is_clean,
-            "id": id_text(&superblock.id),
-            "serial": serial_text(&superblock.serial),
-            "blocks_checked": blocks,
-            "log": log,
+            "id": self.id,
+            "serial": self.serial,
+            "blocks_checked": self.blocks,
+            "log": self.log,
             "problem_count": findings.count,
             "problems": findings.listed,
         });
-        say!("{report:#}");
-        return;
+        if let Some(repaired) = repaired {
+            report["repairs"] = json!(repaired.done);
+            report["zeroed"] = repaired.zeroed_json();
+            report["problems_left_count"] = json!(repaired.left.count);
+            report["problems_left"] = json!(repaired.left.listed);
+        }
+        report
     }
-    say!(
-        "{}: volume {}, {}\n  data  {blocks} blocks ({}) read\n  log   {log}",
-        args.volume.display(),
-        serial_text(&superblock.serial),
-        format_size(superblock.geometry.volume_len()),
-        format_size(blocks * BLOCK_LEN as u64),
-    );
-    for problem in &findings.listed {
-        say!("  damaged: {problem}");
-    }
-    let rest = findings.count - findings.listed.len() as u64;
-    if rest > 0 {
-        say!("  and {rest} more");
-    }
-    say!("{}", if is_clean { "clean" } else { "damaged" });
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ mod open;
 mod progress;
 mod pump;
 mod rehome;
+mod repair;
 mod resize;
 mod serve;
 

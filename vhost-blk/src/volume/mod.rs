@@ -7,6 +7,7 @@
 //! | [`map`], [`tree`], `space`, `ranges` | map, space tree, allocator, write ranges, in memory |
 //! | [`page_reader`], `read_many` | parallel reads of pages and slots |
 //! | [`recover`] | from a backing to an open volume |
+//! | [`repair`] | an opened volume with damage to a sound one |
 //! | [`engine`] | the running volume: a state machine without I/O |
 //! | [`backing`] | files and devices |
 //!
@@ -26,6 +27,7 @@ pub mod page_reader;
 mod ranges;
 mod read_many;
 pub mod recover;
+pub mod repair;
 pub mod ring;
 pub mod sealing;
 mod slot_reader;

@@ -22,7 +22,7 @@ pub struct LostLeaf {
 }
 
 /// The leaves below a page.
-pub(super) fn leaves_below(place: &PagePlace) -> Range<u64> {
+pub(in crate::volume) fn leaves_below(place: &PagePlace) -> Range<u64> {
     let leaves = FANOUT.pow(place.level as u32);
     place.index * leaves..(place.index + 1) * leaves
 }

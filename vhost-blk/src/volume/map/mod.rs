@@ -49,6 +49,7 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
+pub(super) use self::load::leaves_below;
 pub use self::load::{LostLeaf, load_leaves, open_upper};
 pub use self::walk::{Visit, each_leaf};
 
@@ -726,6 +727,33 @@ impl MapTree {
     /// news.
     pub fn lose(&mut self, leaf: u64) -> bool {
         self.lost.insert(leaf)
+    }
+
+    /// What is stored of the leaves below `at` is what they hold, changes that were lost or not.
+    pub(super) fn find(&mut self, at: &PagePlace) {
+        let leaves = leaves_below(at);
+        self.lost.retain(|leaf| !leaves.contains(leaf));
+    }
+
+    /// Gives up the page at `at`, which cannot be had, and all below it: holes from the next
+    /// snapshot on. Whether it did: not if the page has come, or what is above it is not here.
+    ///
+    /// An empty page takes its place, with one empty leaf below it: so the snapshot drops it as it
+    /// does every emptied page, and a checkpoint counts the pages above it.
+    pub(super) fn blank(&mut self, at: PagePlace) -> bool {
+        let own = key(at.level, at.index);
+        match self.index.get(&own).copied() {
+            Some(_) if at.level > 0 => return false,
+            Some(here) => self.frames[here as usize].page.0.fill(0),
+            None if at.level < TOP && !self.index.contains_key(&parent_of(own)) => return false,
+            None => {
+                let blank = self.add(own);
+                self.frames[blank as usize].page.0.fill(0);
+            }
+        }
+        let leaf = self.ensure(key(0, leaves_below(&at).start));
+        self.set_dirty(leaf);
+        true
     }
 
     /// The entry of the tree's root.
