@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use offload::cli::SocketArgs;
+use offload::cli::{SocketArgs, parse_size};
 use offload::sandbox::{Seccomp, User};
 use offload::telemetry::LogArgs;
 use smoltcp::wire::EthernetAddress;
@@ -14,6 +14,9 @@ use crate::spec::{Ipv4, Ipv6, MTU_MAX, MTU_MIN, Spec};
 
 /// Most queue pairs.
 const PAIRS_MAX: u16 = 1;
+/// Bytes of a flow log's file.
+const LOG_MIN: u64 = 64 << 10;
+const LOG_MAX: u64 = 1 << 30;
 
 /// A virtual machine's network, served over vhost-user without any privilege.
 #[derive(Debug, Parser)]
@@ -69,6 +72,21 @@ pub struct ServeArgs {
     /// The guest's user-data, on the metadata service
     #[arg(long, value_name = "FILE")]
     pub user_data: Option<PathBuf>,
+    /// Write a flow log (version 2) to this file, which rotates to FILE.1, FILE.2 and so on
+    #[arg(long, value_name = "FILE")]
+    pub flow_log: Option<PathBuf>,
+    /// Seconds of one line of the flow log: 60 or 600
+    #[arg(long, value_name = "SECONDS", default_value = "60", requires = "flow_log",
+        value_parser = interval)]
+    pub flow_log_interval: u32,
+    /// How long the flow log's file may get before it rotates
+    #[arg(long, value_name = "SIZE", default_value = "16M", requires = "flow_log",
+        value_parser = log_size)]
+    pub flow_log_size: u64,
+    /// How many older files of the flow log are kept
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "flow_log",
+        value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub flow_log_keep: u32,
     /// Answer questions about the running card on this socket (JSON lines)
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
@@ -185,6 +203,23 @@ fn name(text: &str) -> Result<String, String> {
     }
 }
 
+fn interval(text: &str) -> Result<u32, String> {
+    match text {
+        "60" => Ok(60),
+        "600" => Ok(600),
+        _ => Err("a flow log's interval is 60 or 600 seconds".to_owned()),
+    }
+}
+
+fn log_size(text: &str) -> Result<u64, String> {
+    let size = parse_size(text).map_err(|error| error.to_string())?;
+    if (LOG_MIN..=LOG_MAX).contains(&size) {
+        Ok(size)
+    } else {
+        Err("a flow log's file takes 64K to 1G".to_owned())
+    }
+}
+
 fn user(text: &str) -> Result<User, String> {
     let wrong = || "a user is UID or UID:GID in numbers, like 1000:1000".to_owned();
     let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
@@ -240,6 +275,9 @@ mod tests {
             ("--hostname a_b", "labels"),
             ("--publish 80", "GUESTPORT"),
             ("--user root", "numbers"),
+            ("--flow-log f --flow-log-interval 61", "60 or 600"),
+            ("--flow-log f --flow-log-size 1K", "64K to 1G"),
+            ("--flow-log-keep 3", "--flow-log"),
         ] {
             let error = parse(&format!("serve --fd 3 {wrong}")).unwrap_err();
             assert!(error.contains(hint), "{wrong}: {error}");

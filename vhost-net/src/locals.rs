@@ -2,11 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::card::Local;
 use crate::frame::Frame;
 use crate::local::{Decision, Direction, Meta, Outbox, TcpService, Verdict};
+use crate::policy::flowfile::Feed;
+use crate::policy::flowlog::{FLOWS_MAX, FlowLog};
 use crate::policy::{Policy, PolicyOptions, SharedRules};
 use crate::services::Services;
 use crate::services::dns::Dns;
@@ -28,6 +30,17 @@ pub struct LocalOptions {
     pub imds: Option<Arc<Imds>>,
     /// Names of other machines on the guest's network.
     pub peers: Vec<(String, Vec<IpAddr>)>,
+    /// The flow log; `None`, or no rules: there is none.
+    pub flow_log: Option<FlowLogOptions>,
+}
+
+/// Where a flow log goes.
+#[derive(Clone, Debug)]
+pub struct FlowLogOptions {
+    /// The writer.
+    pub feed: Feed,
+    /// Seconds of a window.
+    pub interval: u32,
 }
 
 /// See the module.
@@ -37,16 +50,26 @@ pub struct LocalSide {
     /// `None`: everything is allowed, and nothing is tracked.
     policy: Option<Policy>,
     expire_at: Instant,
+    /// Where the flow log's windows go, and when the next one is over.
+    windows: Option<(Feed, Instant)>,
 }
 
 impl LocalSide {
     /// For one pair of an interface. One pair alone advertises the router by itself.
     #[must_use]
     pub fn new(spec: &Arc<Spec>, options: &LocalOptions, advertises: bool, now: Instant) -> Self {
-        let policy = options.rules.as_ref().map(|rules| {
+        let mut policy = options.rules.as_ref().map(|rules| {
             let (spec, rules) = (Arc::clone(spec), Arc::clone(rules));
-            Policy::new(spec, rules, &options.policy, None, now)
+            let log = options.flow_log.as_ref().map(|log| {
+                // A clock before 1970 has no time worth a log.
+                let unix = SystemTime::now().duration_since(UNIX_EPOCH);
+                FlowLog::new(log.interval, FLOWS_MAX, now, unix.unwrap_or_default())
+            });
+            Policy::new(spec, rules, &options.policy, log, now)
         });
+        let log = policy.as_mut().and_then(Policy::log);
+        let windows = log.zip(options.flow_log.as_ref());
+        let windows = windows.map(|(log, options)| (options.feed.clone(), log.due()));
         let dns = Dns::new(spec, &options.peers, Box::new(random));
         let mut services = Services::new(Arc::clone(spec), advertises, now).with_dns(dns);
         if let Some(imds) = &options.imds {
@@ -56,6 +79,34 @@ impl LocalSide {
             services,
             policy,
             expire_at: now + EXPIRE_INTERVAL,
+            windows,
+        }
+    }
+
+    fn pass_window(&mut self, now: Instant) {
+        if let Some((feed, due)) = &mut self.windows
+            && *due <= now
+            && let Some(log) = self.policy.as_mut().and_then(Policy::log)
+        {
+            if let Some(window) = log.take(now) {
+                feed.put(window);
+            }
+            *due = log.due();
+        }
+    }
+}
+
+impl Drop for LocalSide {
+    /// What the flow log has counted of its interval is not lost when the driver starts anew or the
+    /// card ends. An interval of which nothing is known is not told of.
+    fn drop(&mut self) {
+        if let Some((feed, _)) = &mut self.windows
+            && let Some(log) = self.policy.as_mut().and_then(Policy::log)
+        {
+            let window = log.finish(Instant::now());
+            if !window.records.is_empty() || window.skipped > 0 {
+                feed.put(window);
+            }
         }
     }
 }
@@ -95,6 +146,7 @@ impl Local for LocalSide {
 
     fn poll(&mut self, now: Instant, out: &mut Outbox) {
         self.services.poll(now, out);
+        self.pass_window(now);
         if let Some(policy) = &mut self.policy
             && self.expire_at <= now
         {
@@ -110,7 +162,8 @@ impl Local for LocalSide {
 
     fn deadline(&self) -> Option<Instant> {
         let expire = self.policy.as_ref().map(|_| self.expire_at);
-        let ends = [self.services.poll_at(), expire];
+        let window = self.windows.as_ref().map(|(_, due)| *due);
+        let ends = [self.services.poll_at(), expire, window];
         ends.into_iter().flatten().min()
     }
 }
@@ -120,4 +173,77 @@ fn random() -> u16 {
     let mut bytes = [0; 2];
     let _ = getrandom::fill(&mut bytes);
     u16::from_ne_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::policy::flowfile::FlowFile;
+    use crate::policy::flowlog::Identity;
+    use crate::policy::groups::GroupsSpec;
+
+    #[test]
+    fn what_policy_sees_is_in_the_flow_log_when_its_interval_is_over_and_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("flows");
+        let who = Identity {
+            account: "123456789012".into(),
+            interface: "eni-7".into(),
+        };
+        let file = FlowFile::open(&path, 1 << 20, 0, who).unwrap();
+        let options = LocalOptions {
+            rules: Some(Arc::new(SharedRules::new(GroupsSpec::default()).unwrap())),
+            flow_log: Some(FlowLogOptions {
+                feed: file.feed(),
+                interval: 60,
+            }),
+            ..LocalOptions::default()
+        };
+        let spec = Arc::new(Spec::default());
+        let writer = file.spawn().unwrap();
+        let now = Instant::now();
+        let mut side = LocalSide::new(&spec, &options, true, now);
+        let guest = SocketAddr::from((spec.v4.unwrap().address, 40_000));
+        let meta = |peer: [u8; 4]| Meta {
+            key: crate::local::FlowKey {
+                protocol: 17,
+                guest,
+                peer: (Ipv4Addr::from(peer), 9).into(),
+            },
+            bytes: 100,
+            packets: 1,
+            tcp_flags: 0,
+            icmp: (0, 0),
+        };
+        assert!(side.allows(Direction::Out, &meta([192, 0, 2, 1]), now));
+        assert!(!side.allows(Direction::In, &meta([192, 0, 2, 2]), now));
+        let mut out = Outbox::default();
+        // It is one of the deadlines, all of which come within the interval.
+        let end = now + Duration::from_secs(61);
+        while side.deadline().unwrap() <= end {
+            side.poll(side.deadline().unwrap(), &mut out);
+        }
+        let past = end + Duration::from_secs(1);
+        assert!(side.allows(Direction::Out, &meta([192, 0, 2, 3]), past));
+        drop((side, writer));
+        let text = std::fs::read_to_string(&path).unwrap();
+        for wanted in [
+            " 10.0.2.15 192.0.2.1 40000 9 17 1 100 ",
+            " 192.0.2.2 10.0.2.15 9 40000 17 1 100 ",
+            " 10.0.2.15 192.0.2.3 40000 9 17 1 100 ",
+        ] {
+            let line = text.lines().find(|line| line.contains(wanted));
+            let line = line.unwrap_or_else(|| panic!("{wanted}: {text}"));
+            assert!(line.starts_with("2 123456789012 eni-7 "), "{line}");
+            let action = if wanted.starts_with(" 192") {
+                "REJECT OK"
+            } else {
+                "ACCEPT OK"
+            };
+            assert!(line.ends_with(action), "{line}");
+        }
+        assert_eq!(text.lines().count(), 3, "{text}");
+    }
 }

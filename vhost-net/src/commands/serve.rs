@@ -4,7 +4,7 @@
 //! then the sandbox, then threads and frontends.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,10 +20,12 @@ use serde_json::json;
 use crate::args::ServeArgs;
 use crate::device::NetDevice;
 use crate::host::publish::{Published, Transport};
-use crate::locals::LocalOptions;
+use crate::locals::{FlowLogOptions, LocalOptions};
 use crate::policy::SharedRules;
+use crate::policy::flowfile::FlowFile;
+use crate::policy::flowlog::Identity;
 use crate::policy::groups::GroupsSpec;
-use crate::services::imds::{Imds, MetadataSpec};
+use crate::services::imds::{Imds, MetadataSpec, interface_id};
 use crate::spec::Spec;
 use crate::stack::Settings;
 
@@ -48,7 +50,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         host_loopback: args.map_host_loopback.clone(),
         ..Settings::default()
     };
-    let local = local(args, &spec)?;
+    let (local, flow_log) = local(args, &spec)?;
     let device = Arc::new(NetDevice::new(spec, settings, local, args.queue_pairs));
     for rule in &args.publish {
         let port = Published::open(*rule).with_context(|| format!("cannot publish {rule}"))?;
@@ -56,6 +58,9 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     }
     let registry = Registry::new("vhost_net");
     device.register(&registry);
+    if let Some(file) = &flow_log {
+        file.stats().register(&registry);
+    }
     let control = args
         .control_socket
         .as_deref()
@@ -69,16 +74,19 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let control = control
         .map(|server| server.spawn(stop.clone()))
         .transpose()?;
+    // Dropped after the queues' threads, which leave their last windows to it.
+    let flow_log = flow_log.map(FlowFile::spawn).transpose()?;
     let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
     tracing::info!("serving {}", describe(&device));
     let served = serve(&backend, listener, &stop);
     drop(backend);
+    drop(flow_log);
     drop(control);
     served
 }
 
 /// What services and policy are told, from the files that the command line names.
-fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<LocalOptions> {
+fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<(LocalOptions, Option<FlowFile>)> {
     let groups = match &args.security_groups {
         Some(path) => read_toml(path)?,
         None => {
@@ -106,11 +114,22 @@ fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<LocalOptions> {
     let mut key = [0; 32];
     getrandom::fill(&mut key).context("no randomness for the metadata service's tokens")?;
     let imds = Imds::new(&metadata, spec, key, Instant::now()).context("the metadata are wrong")?;
-    Ok(LocalOptions {
+    let who = Identity {
+        account: metadata.account,
+        interface: interface_id(spec),
+    };
+    let open = |path: &PathBuf| FlowFile::open(path, args.flow_log_size, args.flow_log_keep, who);
+    let flow_log = args.flow_log.as_ref().map(open).transpose()?;
+    let options = LocalOptions {
         rules: Some(Arc::new(rules)),
         imds: Some(Arc::new(imds)),
+        flow_log: flow_log.as_ref().map(|file| FlowLogOptions {
+            feed: file.feed(),
+            interval: args.flow_log_interval,
+        }),
         ..LocalOptions::default()
-    })
+    };
+    Ok((options, flow_log))
 }
 
 fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {

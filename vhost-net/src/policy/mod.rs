@@ -33,6 +33,7 @@ use crate::local::{Decision, Direction, FlowKey, Meta};
 use crate::spec::Spec;
 
 pub mod conntrack;
+pub mod flowfile;
 pub mod flowlog;
 pub mod groups;
 pub mod observe;

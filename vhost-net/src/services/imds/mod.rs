@@ -40,7 +40,7 @@ pub mod token;
 pub mod tree;
 
 pub use connection::Connection;
-pub use tree::{MetadataError, MetadataSpec};
+pub use tree::{MetadataError, MetadataSpec, interface_id};
 
 use token::Tokens;
 use tree::Node;

@@ -215,6 +215,14 @@ impl Node {
     }
 }
 
+/// What an interface is called, as `eni-0000052540012345f`: made of its hardware address.
+#[must_use]
+pub fn interface_id(spec: &Spec) -> String {
+    let bytes = spec.mac.0;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("eni-{hex:0>17}")
+}
+
 impl MetadataSpec {
     /// What is below each version.
     ///
@@ -276,7 +284,7 @@ impl MetadataSpec {
             );
         };
         link("device-number", "0");
-        link("interface-id", &format!("eni-{hex:0>17}"));
+        link("interface-id", &interface_id(spec));
         link("local-hostname", &name);
         link("mac", &mac);
         link("network-card", "0");
