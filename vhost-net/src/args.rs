@@ -54,7 +54,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 8192,
         value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub flows: u32,
-    /// Lead a port of the host into the guest: [ADDRESS:]HOSTPORT:GUESTPORT[/udp]; without an
+    /// Lead a port of the host into the guest: `[ADDRESS:]HOSTPORT:GUESTPORT[/udp]`; without an
     /// address on the host's loopback. May be given more than once
     #[arg(long, value_name = "RULE")]
     pub publish: Vec<Rule>,

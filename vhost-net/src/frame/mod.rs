@@ -8,7 +8,6 @@
 //! What a driver may leave to the device (virtio 1.3, 5.1.6.2): a partial checksum (CSUM) and a TCP
 //! super-segment of up to 64 KiB (HOST_TSO4, HOST_TSO6). Both end here as [`Frame::gso_size`] and
 //! [`Frame::is_partial`]; the stack takes super-segments as they are, since it terminates TCP.
-//! [`Frame::complete`] gives the bytes with a whole checksum to whoever passes a frame on.
 //!
 //! Fragments have no transport header to look at, but for the first: their [`Packet::transport`] is
 //! [`Transport::Fragment`] until they are reassembled.

@@ -684,6 +684,10 @@ impl Stack {
     }
 
     /// A datagram to a published port.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a datagram's four facts, and the three that every call takes"
+    )]
     pub fn datagram_in<W: Wire, H: Host>(
         &mut self,
         published: usize,

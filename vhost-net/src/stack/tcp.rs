@@ -243,7 +243,7 @@ impl TcpFlow {
             return Turn::Again;
         }
         let at = at.map(|at| {
-            let micros = u64::try_from((at - time).total_micros()).unwrap_or(u64::MAX);
+            let micros = (at - time).total_micros();
             // Rounded up: a timer that fires early finds nothing to do, for ever.
             bench.now + std::time::Duration::from_micros(micros.max(1))
         });

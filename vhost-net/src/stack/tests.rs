@@ -379,7 +379,7 @@ fn a_timed_out_connect_is_left_to_the_guests_own_patience() {
 #[test]
 fn a_megabyte_arrives_whole_each_way_and_in_super_segments() {
     let (mut world, handle, flow) = World::connected();
-    let data: Vec<u8> = (0..1_000_003_u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..1_000_003_u32).map(|n| ((n * 7) >> 3) as u8).collect();
     world.host.get(flow).inbox.extend(&data);
     world.event(flow, true, true, false);
     let (mut got, mut sent) = (Vec::new(), 0);
