@@ -13,6 +13,8 @@ use crate::spec::{AccelChoice, VmSpec};
 pub const QEMU: &str = "qemu-system-x86_64";
 /// Name of the block card's binary.
 pub const BLOCK_CARD: &str = "vhost-blk";
+/// Name of the network card's binary.
+pub const NET_CARD: &str = "vhost-net";
 /// Whom cards become under root when the spec names nobody.
 pub const CARD_USER_DEFAULT: &str = "nobody";
 
@@ -27,7 +29,7 @@ pub enum HostError {
         /// Where was looked.
         looked_in: String,
         /// What to do.
-        help: &'static str,
+        help: String,
     },
     /// QEMU cannot be run.
     #[error("cannot run {path}")]
@@ -76,6 +78,10 @@ pub fn look_around(spec: &VmSpec, binaries: &Binaries) -> Result<Env, HostError>
     Ok(Env {
         qemu: find_qemu(binaries)?,
         card: find_card(binaries.card_dir.as_deref(), BLOCK_CARD)?,
+        net_card: match spec.nics.as_slice() {
+            [] => None,
+            _ => Some(find_card(binaries.card_dir.as_deref(), NET_CARD)?),
+        },
         run_dir: run_dir(spec)?,
         kvm: (spec.accel == AccelChoice::Auto).then(probe_kvm),
         card_user: card_user(spec.user.as_deref())?,
@@ -121,7 +127,7 @@ pub fn find_qemu(binaries: &Binaries) -> Result<Qemu, HostError> {
         None => in_path(QEMU).ok_or_else(|| HostError::NoBinary {
             name: QEMU.to_owned(),
             looked_in: "in PATH".to_owned(),
-            help: "on Debian: apt-get install qemu-system-x86",
+            help: "on Debian: apt-get install qemu-system-x86".to_owned(),
         })?,
     };
     let run = |args: &[&str]| {
@@ -178,7 +184,7 @@ pub fn find_card(card_dir: Option<&Path>, name: &str) -> Result<PathBuf, HostErr
             Some(dir) => format!("in {}", dir.display()),
             None => "beside this binary or in PATH".to_owned(),
         },
-        help: "build it with: cargo build --release -p vhost-blk",
+        help: format!("build it with: cargo build --release -p {name}"),
     })
 }
 
@@ -282,6 +288,8 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains(&dir.path().display().to_string()), "{error}");
+        let error = find_card(Some(dir.path()), NET_CARD).unwrap_err();
+        assert!(error.to_string().ends_with("-p vhost-net"), "{error}");
         std::fs::write(dir.path().join("vhost-blk"), "").unwrap();
         assert!(find_card(Some(dir.path()), "vhost-blk").is_ok());
     }

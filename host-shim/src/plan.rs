@@ -10,9 +10,10 @@
 //! run dir             0700 the shim's user    (0711 if the cards run as another user)
 //! ├── lock            held by the one shim of this VM
 //! ├── qmp.sock        0700's protection is what guards it
-//! └── disk0/          0700 the card's user
-//!     ├── vhost.sock  QEMU connects here
-//!     └── control.sock
+//! ├── disk0/          0700 the card's user
+//! │   ├── vhost.sock  QEMU connects here
+//! │   └── control.sock
+//! └── nic0/           the same
 //! ```
 //!
 //! When the shim is root, a card starts as root, opens its volume and its key, and gives root up
@@ -27,7 +28,7 @@ use serde::Serialize;
 
 use crate::accel::KvmVerdict;
 use crate::qemu::{self, Qemu};
-use crate::spec::{AccelChoice, KeySource, VmSpec};
+use crate::spec::{AccelChoice, Disk, KeySource, Nic, VmSpec};
 
 #[cfg(test)]
 mod tests;
@@ -52,6 +53,9 @@ pub enum PlanError {
     /// `accel = "auto"` was not probed.
     #[error("accel is \"auto\", but the host was not probed")]
     NotProbed,
+    /// There is a `[[nic]]`, and nobody said where its card is.
+    #[error("the VM has a network interface, but the host was not asked for its card")]
+    NoNetCard,
     /// A path is not UTF-8, which no command line printed as JSON could carry.
     #[error("{0:?} is not UTF-8; rename it")]
     NotUtf8(PathBuf),
@@ -79,6 +83,8 @@ pub struct Env {
     pub qemu: Qemu,
     /// The block card's binary.
     pub card: PathBuf,
+    /// The network card's binary; may be missing for a VM without one.
+    pub net_card: Option<PathBuf>,
     /// Run directory of this VM.
     pub run_dir: PathBuf,
     /// What the probe of /dev/kvm said; only looked at when the spec leaves the choice.
@@ -134,7 +140,7 @@ pub struct Plan {
     pub accel: ResolvedAccel,
     /// What the user should know before it starts.
     pub warnings: Vec<String>,
-    /// Cards, started first, in the order of the disks.
+    /// Cards, started first: those of the disks in their order, then those of the interfaces.
     pub cards: Vec<CardPlan>,
     /// QEMU, started once every card listens.
     pub qemu: Process,
@@ -166,11 +172,11 @@ pub fn plan(spec: &VmSpec, env: &Env) -> Result<Plan, PlanError> {
             env.qemu.path.display()
         ));
     }
-    let cards = spec
-        .disks
-        .iter()
-        .enumerate()
-        .map(|(index, disk)| card(index, disk, env))
+    let disks = spec.disks.iter().enumerate();
+    let nics = spec.nics.iter().enumerate();
+    let cards = disks
+        .map(|(index, disk)| block_card(index, disk, env))
+        .chain(nics.map(|(index, nic)| net_card(index, nic, env)))
         .collect::<Result<Vec<_>, _>>()?;
     let qmp = socket(&env.run_dir, "qmp.sock")?;
     let args = qemu::arguments(spec, &env.qemu, accel, &cards, &qmp);
@@ -190,38 +196,104 @@ pub fn plan(spec: &VmSpec, env: &Env) -> Result<Plan, PlanError> {
     })
 }
 
-fn card(index: usize, disk: &crate::spec::Disk, env: &Env) -> Result<CardPlan, PlanError> {
-    let dir = env.run_dir.join(format!("disk{index}"));
+fn block_card(index: usize, disk: &Disk, env: &Env) -> Result<CardPlan, PlanError> {
+    card(format!("disk{index}"), &env.card, env, |line| {
+        line.path("--volume", &disk.volume)?;
+        match &disk.key {
+            KeySource::KeyFile(path) => line.path("--key-file", path)?,
+            KeySource::PassphraseFile(path) => line.path("--passphrase-file", path)?,
+            KeySource::Ephemeral(bytes) => line.option("--ephemeral", bytes),
+        }
+        line.option("--queues", disk.queues);
+        line.maybe("--queue-size", disk.queue_size);
+        line.maybe("--serial", disk.serial.as_ref());
+        if disk.read_only {
+            line.0.push("--read-only".to_owned());
+        }
+        Ok(())
+    })
+}
+
+fn net_card(index: usize, nic: &Nic, env: &Env) -> Result<CardPlan, PlanError> {
+    let program = env.net_card.as_ref().ok_or(PlanError::NoNetCard)?;
+    card(format!("nic{index}"), program, env, |line| {
+        line.option("--mac", &nic.mac);
+        line.option(
+            "--ipv4",
+            format_args!("{}/{}", nic.ipv4.address, nic.ipv4.prefix_len),
+        );
+        line.maybe("--gateway", nic.gateway);
+        line.maybe("--dns", nic.dns);
+        match nic.ipv6_prefix {
+            Some(prefix) => line.option("--ipv6-prefix", prefix),
+            None => line.0.push("--no-ipv6".to_owned()),
+        }
+        line.option("--mtu", nic.mtu);
+        line.maybe("--hostname", nic.hostname.as_ref());
+        line.maybe("--domain", nic.domain.as_ref());
+        for server in &nic.dns_upstream {
+            line.option("--dns-upstream", server);
+        }
+        for rule in &nic.publish {
+            line.option("--publish", rule);
+        }
+        for address in &nic.map_host_loopback {
+            line.option("--map-host-loopback", address);
+        }
+        line.maybe("--flows", nic.flows);
+        for (option, file) in [
+            ("--security-groups", &nic.security_groups),
+            ("--metadata", &nic.metadata),
+            ("--user-data", &nic.user_data),
+        ] {
+            if let Some(file) = file {
+                line.path(option, file)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A command line that grows.
+struct Line(Vec<String>);
+
+impl Line {
+    fn option(&mut self, name: &str, value: impl fmt::Display) {
+        self.0.extend([name.to_owned(), value.to_string()]);
+    }
+
+    fn maybe(&mut self, name: &str, value: Option<impl fmt::Display>) {
+        if let Some(value) = value {
+            self.option(name, value);
+        }
+    }
+
+    fn path(&mut self, name: &str, path: &Path) -> Result<(), PlanError> {
+        self.option(name, utf8(path)?);
+        Ok(())
+    }
+}
+
+/// What every card has: a folder with two sockets, and a user; `own` adds what this one has besides.
+fn card(
+    label: String,
+    program: &Path,
+    env: &Env,
+    own: impl FnOnce(&mut Line) -> Result<(), PlanError>,
+) -> Result<CardPlan, PlanError> {
+    let dir = env.run_dir.join(&label);
     let socket_path = socket(&dir, "vhost.sock")?;
     let control_socket = socket(&dir, "control.sock")?;
-    let mut args = vec!["serve".to_owned()];
-    let mut option = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
-    option("--socket-path", utf8(&socket_path)?);
-    option("--volume", utf8(&disk.volume)?);
-    match &disk.key {
-        KeySource::KeyFile(path) => option("--key-file", utf8(path)?),
-        KeySource::PassphraseFile(path) => option("--passphrase-file", utf8(path)?),
-        KeySource::Ephemeral(bytes) => option("--ephemeral", &bytes.to_string()),
-    }
-    option("--queues", &disk.queues.to_string());
-    if let Some(size) = disk.queue_size {
-        option("--queue-size", &size.to_string());
-    }
-    if let Some(serial) = &disk.serial {
-        option("--serial", serial);
-    }
-    option("--control-socket", utf8(&control_socket)?);
-    if let Some(user) = env.card_user {
-        option("--user", &user.to_string());
-    }
-    if disk.read_only {
-        args.push("--read-only".to_owned());
-    }
+    let mut line = Line(vec!["serve".to_owned()]);
+    line.path("--socket-path", &socket_path)?;
+    own(&mut line)?;
+    line.path("--control-socket", &control_socket)?;
+    line.maybe("--user", env.card_user);
     Ok(CardPlan {
         process: Process {
-            label: format!("disk{index}"),
-            program: env.card.clone(),
-            args,
+            label,
+            program: program.to_owned(),
+            args: line.0,
         },
         dir,
         owner: env.card_user,

@@ -16,6 +16,10 @@
 //! serial = "vol0123456789abcdef0"
 //! queues = 2
 //!
+//! [[nic]]
+//! publish = ["8080:80"]       # a port of the host's loopback that leads into the guest
+//! metadata = "web1-metadata.toml"
+//!
 //! [run]
 //! dir = "/run/offload/web1"
 //! user = "nobody"
@@ -35,8 +39,11 @@ use miette::{Diagnostic, NamedSource, SourceSpan};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+mod nic;
 #[cfg(test)]
 mod tests;
+
+pub use nic::{Ipv4Net, Nic};
 
 /// Longest serial virtio-blk can hand to a guest (virtio 1.3, 5.2.6: `VIRTIO_BLK_T_GET_ID`).
 pub const SERIAL_MAX_BYTES: usize = 20;
@@ -152,6 +159,8 @@ pub struct VmSpec {
     pub exit_on_reboot: bool,
     /// Disks, in the order the guest sees them.
     pub disks: Vec<Disk>,
+    /// Network interfaces, in the order the guest sees them.
+    pub nics: Vec<Nic>,
     /// Run directory, when the file names one.
     pub run_dir: Option<PathBuf>,
     /// User the cards run as when the shim is root: a name or `UID:GID`.
@@ -166,6 +175,8 @@ struct RawSpec {
     vm: RawVm,
     #[serde(default)]
     disk: Vec<Spanned<RawDisk>>,
+    #[serde(default)]
+    nic: Vec<nic::RawNic>,
     #[serde(default)]
     run: RawRun,
 }
@@ -302,6 +313,7 @@ impl Checker<'_> {
             }
             disks.push(checked);
         }
+        let nics = self.nics(&raw.nic, &name)?;
         Ok(VmSpec {
             name,
             memory_bytes,
@@ -310,6 +322,7 @@ impl Checker<'_> {
             boot,
             exit_on_reboot: raw.vm.exit_on_reboot,
             disks,
+            nics,
             run_dir: raw.run.dir.as_deref().map(|d| self.path(d)),
             user: raw.run.user,
             stop_timeout_s: raw.run.stop_timeout.unwrap_or(STOP_TIMEOUT_DEFAULT_S),

@@ -79,6 +79,7 @@ impl Stage {
         let env = Env {
             qemu: host::find_qemu(binaries).expect("QEMU: see .ci/debian-packages"),
             card: "/unused".into(),
+            net_card: None,
             run_dir: self.dir.path().join("run"),
             kvm: None,
             card_user: None,

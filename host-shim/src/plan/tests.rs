@@ -36,6 +36,7 @@ fn env(major: u16, minor: u16) -> Env {
             data_dirs: Vec::new(),
         },
         card: "/opt/offload/vhost-blk".into(),
+        net_card: Some("/opt/offload/vhost-net".into()),
         run_dir: "/run/offload/web1".into(),
         kvm: Some(KvmVerdict::fast(1.0e9)),
         card_user: Some(UserId {
@@ -109,4 +110,45 @@ fn a_run_directory_too_deep_for_sockets_is_refused() {
         plan(&spec(SPEC), &env),
         Err(PlanError::SocketPathTooLong { .. })
     ));
+}
+
+const NICS: &str = r#"
+[[nic]]
+
+[[nic]]
+mac = "52:54:00:12:34:56"
+no-ipv6 = true
+mtu = 1500
+publish = ["8080:80", "0.0.0.0:53:53/udp"]
+map-host-loopback = ["10.0.3.2"]
+security-groups = "groups.toml"
+metadata = "metadata.toml"
+user-data = "user data"
+"#;
+
+#[test]
+fn the_plan_for_two_network_interfaces_is_as_recorded() {
+    let text = SPEC.to_owned() + NICS;
+    let plan = plan(&spec(&text), &env(7, 2)).unwrap();
+    assert_snapshot("nics.txt", &plan.to_string());
+}
+
+#[test]
+fn interrupts_of_an_interface_are_msi_x_only_where_kvm_delivers_them() {
+    for (accel, is_legacy) in [("tcg", true), ("kvm", false)] {
+        let accel = format!("cpus = 2\naccel = \"{accel}\"");
+        let text = SPEC.replace("cpus = 2", &accel) + NICS;
+        let args = plan(&spec(&text), &env(7, 2)).unwrap().qemu.args;
+        let nics = args.iter().filter(|arg| arg.starts_with("virtio-net-pci"));
+        let legacy = nics.map(|arg| arg.ends_with(",vectors=0"));
+        assert_eq!(legacy.collect::<Vec<_>>(), [is_legacy; 2], "{args:?}");
+    }
+}
+
+#[test]
+fn an_interface_without_a_network_card_on_the_host_is_no_plan() {
+    let mut env = env(7, 2);
+    env.net_card = None;
+    let text = SPEC.to_owned() + NICS;
+    assert_eq!(plan(&spec(&text), &env), Err(PlanError::NoNetCard));
 }

@@ -21,6 +21,22 @@ read-only = true
 queues = 1
 queue-size = 256
 
+[[nic]]
+
+[[nic]]
+mac = "52:54:00:AB:cd:ef"
+ipv4 = "192.168.7.200/25"
+gateway = "192.168.7.129"
+no-ipv6 = true
+mtu = 1500
+hostname = "two.example"
+dns-upstream = ["9.9.9.9", "2620:fe::fe"]
+publish = ["8080:80", "[::]:53:53/udp"]
+map-host-loopback = ["192.168.7.130"]
+security-groups = "groups.toml"
+metadata = "/abs/metadata.toml"
+user-data = "user-data"
+
 [run]
 dir = "run"
 user = "nobody"
@@ -200,4 +216,101 @@ fn the_printed_diagnostic_shows_the_line_of_the_file() {
     assert!(shown.contains("memory = \"lots\""), "{shown}");
     assert!(shown.contains("web1.toml"), "{shown}");
     assert!(shown.contains("a number with K, M, G or T"), "{shown}");
+}
+
+#[test]
+fn an_interface_that_says_nothing_gets_what_is_its_own_and_the_same_each_time() {
+    let nics = parse_text(GOOD).unwrap().nics;
+    let first = &nics[0];
+    assert_eq!(first.hostname.as_deref(), Some("web1"));
+    assert_eq!(first.ipv4.address.to_string(), "10.0.2.15");
+    assert_eq!(first.ipv6_prefix.unwrap().to_string(), "fd00:0:0:2::");
+    assert_eq!(first.mtu, 9001);
+    assert!(first.mac.starts_with("52:54:00:"), "{}", first.mac);
+    assert_eq!(parse_text(GOOD).unwrap().nics, nics);
+    let other = parse_text(&GOOD.replace("\"web1\"", "\"web_2\"")).unwrap();
+    assert_ne!(other.nics[0].mac, first.mac);
+    assert_eq!(other.nics[0].hostname, None, "web_2 names no host");
+
+    let three = GOOD.replacen("[[nic]]", "[[nic]]\n[[nic]]", 1);
+    let three = parse_text(&three).unwrap().nics;
+    assert_ne!(three[0].mac, three[1].mac);
+    assert_eq!(three[1].ipv4.address.to_string(), "10.0.3.15");
+}
+
+#[test]
+fn an_interface_that_says_all_has_all() {
+    let nic = parse_text(GOOD).unwrap().nics.swap_remove(1);
+    assert_eq!(nic.mac, "52:54:00:ab:cd:ef");
+    assert_eq!((nic.ipv4.prefix_len, nic.ipv6_prefix), (25, None));
+    assert_eq!(nic.gateway.unwrap().to_string(), "192.168.7.129");
+    assert_eq!(nic.publish, ["8080:80", "[::]:53:53/udp"]);
+    assert_eq!(nic.dns_upstream.len(), 2);
+    let folder = Path::new("/etc/offload");
+    assert_eq!(nic.security_groups, Some(folder.join("groups.toml")));
+    assert_eq!(nic.metadata, Some("/abs/metadata.toml".into()));
+    assert_eq!(nic.user_data, Some(folder.join("user-data")));
+}
+
+#[test]
+fn what_an_interface_cannot_be_is_refused_where_it_stands() {
+    for (from, to, says, at) in [
+        (
+            "52:54:00:AB:cd:ef",
+            "01:00:5e:00:00:01",
+            "hardware address",
+            "\"01:00:5e:00:00:01\"",
+        ),
+        (
+            "52:54:00:AB:cd:ef",
+            "52:54:00:12:34",
+            "hardware address",
+            "\"52:54:00:12:34\"",
+        ),
+        (
+            "200/25",
+            "200/31",
+            "network's prefix",
+            "\"192.168.7.200/31\"",
+        ),
+        ("7.129", "7.1", "cannot have the address", "\"192.168.7.1\""),
+        (
+            "7.129",
+            "7.200",
+            "cannot have the address",
+            "\"192.168.7.200\"",
+        ),
+        ("mtu = 1500", "mtu = 1000", "mtu = 1000", "1000"),
+        ("two.example", "two_", "host's name", "\"two_\""),
+        ("9.9.9.9", "9.9.9", "IP address", "\"9.9.9\""),
+        ("8080:80", "80", "port forward", "\"80\""),
+        ("8080:80", "8080:0", "port forward", "\"8080:0\""),
+        (
+            "8080:80",
+            "8080:80/sctp",
+            "port forward",
+            "\"8080:80/sctp\"",
+        ),
+        (
+            "no-ipv6 = true",
+            "no-ipv6 = true\nipv6-prefix = 'fd00::'",
+            "exclude",
+            "'fd00::'",
+        ),
+        (
+            "publish = [",
+            "publish = ['127.0.0.1:8080:1', ",
+            "a second time",
+            "\"8080:80\"",
+        ),
+        ("mtu = 1500", "queue = 1", "unknown field", "queue"),
+    ] {
+        let (message, place) = refused(from, to);
+        assert!(message.contains(says), "{to}: {message}");
+        assert_eq!(place, at, "{to}: {message}");
+    }
+    let twice = "[[nic]]\nmac = '52:54:00:ab:cd:ef'\n";
+    let (message, at) = refused("[[nic]]", twice);
+    assert!(message.contains("two interfaces"), "{message}");
+    assert_eq!(at, "\"52:54:00:AB:cd:ef\"");
 }
