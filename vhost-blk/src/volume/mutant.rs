@@ -36,6 +36,10 @@ pub enum Mutant {
     GrowBeforeBacking,
     /// An activation writes before what it found is durable.
     NoFirstBarrier,
+    /// The delta ring is released when a commit begins, not when it is durable.
+    EarlyRingRelease,
+    /// Slots are used again while reads of them are under way.
+    SlotUnderRead,
     /// A page with changes that are stored nowhere may be forgotten.
     EvictDirty,
     /// A page may be forgotten while its write is under way.

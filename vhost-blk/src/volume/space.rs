@@ -16,6 +16,7 @@
 use std::collections::{BTreeSet, HashSet, VecDeque};
 
 use super::geometry::{CHUNK_SLOTS, Geometry, Slot};
+use super::mutant::{self, Mutant};
 
 /// Consecutive slots that belong to who took them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -470,7 +471,10 @@ impl Space {
     /// Frees what no read can be under way to. Slots to be punched first are returned: hand them
     /// to [`Space::free_now`] when that is done.
     pub fn release(&mut self) -> Vec<Slot> {
-        let oldest = self.reads.front().map_or(u64::MAX, |(epoch, _)| *epoch);
+        let oldest = match self.reads.front() {
+            Some((epoch, _)) if !mutant::is(Mutant::SlotUnderRead) => *epoch,
+            _ => u64::MAX,
+        };
         let mut punch = Vec::new();
         while self.limbo.front().is_some_and(|limbo| limbo.epoch < oldest) {
             let Some(limbo) = self.limbo.pop_front() else {

@@ -338,7 +338,6 @@ impl Core {
         if written.is_err() {
             // The trees in memory count as written now, so another attempt would name pages that
             // are not there.
-            self.checkpoint = None;
             self.poison();
         }
         written
@@ -346,9 +345,11 @@ impl Core {
 
     fn find_room_for_pages(&mut self, backing: &dyn Backing) -> Result<(), AttachError> {
         let mut refused = Vec::new();
-        let needed = self.page_slots_needed(0, 0);
+        // This checkpoint needs fewer than what is gone after it: the rest is for good measure.
+        let needed = self.checkpoint_slots(0, 0);
+        let wanted = self.page_slots_needed(0, 0, 0) + PAGE_SLOTS_AHEAD;
         let mut outcome = Ok(());
-        while self.space.page_slots() < needed + PAGE_SLOTS_AHEAD {
+        while self.space.page_slots() < wanted {
             let Some(run) = self.take_run() else {
                 outcome = outcome.and(Err(AttachError::Full));
                 break;

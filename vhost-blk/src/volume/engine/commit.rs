@@ -108,6 +108,11 @@ impl Core {
             end.position = (end.position + record.blocks() as u64) % self.geometry.log_blocks();
             end.chain = tag;
         }
+        if mutant::is(Mutant::EarlyRingRelease)
+            && let Some(ring) = &mut self.ring
+        {
+            ring.release(ring.mark());
+        }
         self.commit = Some(Commit {
             waiters: std::mem::take(&mut self.flush_waiters),
             deltas,

@@ -312,9 +312,20 @@ impl Core {
         self.pages(self.map.dirty_leaves(), self.space_tree.dirty_leaves())
     }
 
+    /// Page slots that there have to be for everything admitted so far, and for `blocks` more changed
+    /// blocks in `leaves` leaves besides, of which `fresh` are stored nowhere yet.
+    ///
+    /// More than one checkpoint takes: what is admitted may be spread over several. Each gives back
+    /// what it replaces before the next begins, but a page that is stored for the first time replaces
+    /// none, and the next checkpoint may write it again.
+    pub(super) fn page_slots_needed(&self, leaves: usize, fresh: usize, blocks: usize) -> usize {
+        let stored_first = self.pages(self.map.fresh_leaves() + fresh, 0);
+        self.checkpoint_slots(leaves, blocks) + stored_first
+    }
+
     /// Page slots that a checkpoint takes at most once everything admitted so far is committed,
     /// and `blocks` more changed blocks in `leaves` leaves besides.
-    pub(super) fn page_slots_needed(&self, leaves: usize, blocks: usize) -> usize {
+    pub(super) fn checkpoint_slots(&self, leaves: usize, blocks: usize) -> usize {
         let changed = self.map.dirty_leaves().max(self.map.touched_leaves());
         // Each block leaves a slot and takes one, anywhere: two bitmaps.
         let uncommitted = self.open.len() + self.sealed.len() + self.landing + blocks;
@@ -401,7 +412,7 @@ impl Core {
             && self.space.page_slots()
                 < self
                     .page_goal
-                    .max(self.page_slots_needed(0, 0) + PAGE_SLOTS_AHEAD)
+                    .max(self.page_slots_needed(0, 0, 0) + PAGE_SLOTS_AHEAD)
     }
 
     /// Tells a lane something.
@@ -434,6 +445,8 @@ impl Core {
     /// is durable and what the delta ring holds.
     pub(super) fn poison(&mut self) {
         self.is_poisoned = true;
+        // Its superblock must not be written any more: whether its pages are durable is not known.
+        self.checkpoint = None;
         let commit = self
             .commit
             .take()

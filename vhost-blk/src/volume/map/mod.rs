@@ -149,6 +149,8 @@ pub struct MapTree {
     written: Vec<u64>,
     touched_leaves: FastSet,
     touched_parents: FastSet,
+    /// Touched leaves that are stored nowhere yet.
+    fresh_leaves: FastSet,
     lost: FastSet,
     hits: Cell<u64>,
     misses: u64,
@@ -214,6 +216,7 @@ impl MapTree {
             written: Vec::new(),
             touched_leaves: FastSet::default(),
             touched_parents: FastSet::default(),
+            fresh_leaves: FastSet::default(),
             lost: FastSet::default(),
             hits: Cell::new(0),
             misses: 0,
@@ -507,10 +510,18 @@ impl MapTree {
     pub fn touch(&mut self, leaf: u64) {
         if self.touched_leaves.insert(leaf) {
             self.set_touched(key(0, leaf));
+            if self.is_unstored(leaf) {
+                self.fresh_leaves.insert(leaf);
+            }
             if self.touched_parents.insert(leaf / FANOUT) {
                 self.set_touched(key(1, leaf / FANOUT));
             }
         }
+    }
+
+    fn is_unstored(&self, leaf: u64) -> bool {
+        let entry = self.entry_of(key(0, leaf));
+        entry.is_ok_and(|entry| entry.is_hole())
     }
 
     fn set_touched(&mut self, key: u64) {
@@ -530,6 +541,7 @@ impl MapTree {
     pub fn retouch(&mut self, leaves: impl Iterator<Item = u64>) {
         let old_leaves = std::mem::take(&mut self.touched_leaves);
         let old_parents = std::mem::take(&mut self.touched_parents);
+        self.fresh_leaves.clear();
         leaves.for_each(|leaf| self.touch(leaf));
         let leaves = old_leaves
             .iter()
@@ -555,6 +567,11 @@ impl MapTree {
     /// Leaves that are touched.
     pub fn touched_leaves(&self) -> usize {
         self.touched_leaves.len()
+    }
+
+    /// Leaves that are touched and that no snapshot has given a place yet.
+    pub fn fresh_leaves(&self) -> usize {
+        self.fresh_leaves.len()
     }
 
     /// Pages that are pinned since writes were admitted below them.
@@ -664,6 +681,9 @@ impl MapTree {
             // Its memory is for the next time.
             self.dirty[level] = dirty;
         }
+        let mut fresh = std::mem::take(&mut self.fresh_leaves);
+        fresh.retain(|leaf| self.is_unstored(*leaf));
+        self.fresh_leaves = fresh;
         self.root
     }
 

@@ -81,6 +81,8 @@ caught! { World::few;
     moving_a_block_over_a_later_write_is_noticed: MoveBlindly,
     publishing_a_move_before_it_has_landed_is_noticed: MoveUnwritten,
     a_header_that_is_longer_than_its_backing_is_noticed: GrowBeforeBacking,
+    releasing_the_delta_ring_before_the_commit_is_durable_is_noticed: EarlyRingRelease,
+    using_a_slot_again_under_a_read_is_noticed: SlotUnderRead,
 }
 
 caught! { World::new;

@@ -666,6 +666,102 @@ fn what_is_mapped_can_be_overwritten_for_ever_without_more_room_for_pages() {
     assert_eq!(failed, 0, "of 120, with {mapped} leaves more");
 }
 
+impl Rig {
+    /// Goes on until nothing moves. No room is given for pages; whether some was asked for.
+    fn run_full(&mut self) -> bool {
+        let mut has_asked = false;
+        for _ in 0..100_000 {
+            self.turn();
+            match self.held.first().map(|(_, io)| &io.kind) {
+                Some(IoKind::Allocate { .. }) => {
+                    has_asked = true;
+                    self.land(0, Some(28));
+                }
+                Some(_) => self.land(0, None),
+                None => return has_asked,
+            }
+        }
+        panic!("it never comes to rest");
+    }
+}
+
+#[test]
+fn what_was_written_last_before_the_backing_was_full_can_be_overwritten_for_ever() {
+    let disk = volume_on(many_leaves(40));
+    let mut rig = Rig::serve(&disk, None, 1);
+    // As many leaves as there are page slots for, so that nothing waits.
+    let mut mapped = 0;
+    while mapped < 90 {
+        rig.write(0, mapped * FANOUT, 1);
+        mapped += 1;
+        if rig.run_full() {
+            break;
+        }
+    }
+    assert!(mapped > 30, "{mapped}");
+    rig.submit(0, Op::Flush);
+    rig.run_full();
+    for round in 1..5 {
+        // A checkpoint begins while every leaf has another change, which is not committed.
+        for leaf in 0..mapped {
+            rig.write(0, leaf * FANOUT, 1);
+        }
+        rig.run_full();
+        let size = (4 << 30) + (round << 20);
+        rig.volume.begin_grow(size).expect("begins");
+        rig.run_full();
+        rig.submit(0, Op::Flush);
+        rig.run_full();
+        assert!(rig.volume.has_grown().expect("is well"), "it never grows");
+    }
+    assert_eq!(rig.done.len() as u64, 5 * (mapped + 1));
+    let failed = rig.done.iter().filter(|result| result.is_err()).count();
+    assert_eq!(failed, 0, "of {mapped} leaves, five times");
+    rig.volume.close().expect("closes");
+}
+
+#[test]
+fn no_superblock_is_written_after_the_barrier_of_a_growing_volume_failed() {
+    let disk = volume_on(small_geometry());
+    let backing = Faulty::over(&disk);
+    let recovered = recover(&*disk, &material()).expect("opens");
+    let volume = Volume::new(recovered, backing.clone(), Box::new(Quiet));
+    volume.attach(None).expect("attaches");
+    let lanes = vec![Lane::new(Arc::clone(volume.shared()), Arc::new(|| {}))];
+    let mut rig = Rig {
+        disk: Arc::clone(&disk),
+        volume,
+        lanes,
+        held: Vec::new(),
+        done: Vec::new(),
+    };
+    let is_sync = |kind: &IoKind| matches!(kind, IoKind::Sync);
+    for round in 1..=1000 {
+        rig.write(0, round % 8, 1);
+        rig.submit(0, Op::Flush);
+        rig.run(is_sync);
+        while rig.done.len() < 2 * round as usize {
+            rig.land(0, None);
+            rig.run(is_sync);
+        }
+        if !rig.held.is_empty() {
+            break;
+        }
+    }
+    assert!(!rig.held.is_empty(), "the barrier of a checkpoint");
+    *backing.fails_sync.lock().expect("no panic") = true;
+    assert!(rig.volume.begin_grow(3 << 20).is_err());
+    let is_superblock = |kind: &IoKind| {
+        matches!(kind, IoKind::Write { offset, .. }
+            if crate::volume::superblock::COPIES.contains(offset))
+    };
+    rig.run(is_superblock);
+    assert!(
+        rig.held.is_empty(),
+        "a superblock names pages that may be lost"
+    );
+}
+
 fn leaf_offset(disk: &Arc<SimDisk>, index: u64) -> u64 {
     let place = PagePlace {
         tree: TreeKind::Map,

@@ -58,11 +58,10 @@ impl Core {
         }
         // The last slots are for leaves that are there: what is mapped stays writable when no new
         // leaf has room any more.
-        let has_new = leaves
-            .clone()
-            .any(|leaf| matches!(self.map.leaf(leaf), Ok(Leaf::Hole)));
-        let reserve = if has_new { PAGE_SLOTS_AHEAD } else { 0 };
-        let needed = self.page_slots_needed(leaves.count(), blocks) + reserve;
+        let holes = leaves.clone().map(|leaf| self.map.leaf(leaf));
+        let fresh = holes.filter(|leaf| matches!(leaf, Ok(Leaf::Hole))).count();
+        let reserve = if fresh > 0 { PAGE_SLOTS_AHEAD } else { 0 };
+        let needed = self.page_slots_needed(leaves.count(), fresh, blocks) + reserve;
         if self.space.page_slots() < needed {
             // A checkpoint must never need room that the backing has not given yet.
             self.page_goal = self.page_goal.max(needed);

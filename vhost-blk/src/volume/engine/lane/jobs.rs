@@ -135,7 +135,6 @@ impl<P: Payload> Lane<P> {
             // tried again, since the kernel may have dropped the pages it failed for.
             self.jobs.remove(index);
             let mut core = self.shared.lock();
-            core.checkpoint = None;
             core.is_mirroring = false;
             core.poison();
             drop(core);
