@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use common::*;
 use crypto::source::{KeyMaterial, KeySource};
 use vhost_blk::volume::backing::{Access, Backing, FileBacking};
+use vhost_blk::volume::buffer::Buffer;
 use vhost_blk::volume::engine::{Reporter, Volume};
 use vhost_blk::volume::page::{PagePlace, TreeKind};
 use vhost_blk::volume::recover::{Recovered, recover};
@@ -319,10 +320,11 @@ fn a_volume_that_must_not_be_written_to_is_refused_and_not_changed() {
     assert!(check(&files, &[], 0).ends_with("clean\n"));
 }
 
-/// A backing whose process dies after so many writes.
+/// A backing whose process dies after so many writes; its power, if the write under way is torn.
 struct Mortal {
     backing: FileBacking,
     left: AtomicI64,
+    is_torn: bool,
 }
 
 impl Mortal {
@@ -339,7 +341,11 @@ impl Backing for Mortal {
         self.backing.read_at(offset, into)
     }
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
-        self.live()?;
+        let alive = self.live();
+        if alive.is_err() && self.is_torn && self.left.load(Ordering::Relaxed) == -1 {
+            self.backing.write_at(offset, &Buffer::zeroed(1)).unwrap();
+        }
+        alive?;
         self.backing.write_at(offset, from)
     }
     fn sync(&self) -> io::Result<()> {
@@ -378,6 +384,7 @@ fn a_repair_that_is_killed_leaves_the_volume_as_it_was_or_repaired() {
         let backing = Arc::new(Mortal {
             backing,
             left: writes.into(),
+            is_torn: false,
         });
         let mut recovered = recover(&*backing, &material(&files)).unwrap();
         assert!(recovered.make_holes(&*backing, &[place], &[4100]));
@@ -408,4 +415,32 @@ fn a_repair_that_is_killed_leaves_the_volume_as_it_was_or_repaired() {
     disk[..128 * BLOCK].fill(0);
     disk[4100 * BLOCK..4101 * BLOCK].fill(0);
     holds(&files, &disk);
+}
+
+#[test]
+fn the_only_good_copy_of_the_header_is_not_what_an_activation_writes_first() {
+    for copy in [0, MIB as u64] {
+        let (files, disk) = filled();
+        flip(&files, copy + 60);
+        let damaged = bytes(&files);
+        for writes in 0.. {
+            std::fs::write(files.path("volume"), &damaged).unwrap();
+            let file = FileBacking::open(&files.path("volume"), Access::Write).unwrap();
+            let backing = Arc::new(Mortal {
+                backing: file,
+                left: writes.into(),
+                is_torn: true,
+            });
+            let recovered = recover(&*backing, &material(&files)).unwrap();
+            let volume = Volume::new(recovered, backing, Box::new(Silent));
+            let is_done = volume.attach(None).is_ok() && volume.close().is_ok();
+            drop(volume);
+            let (backing, now) = opened(&files);
+            assert_eq!(now.blocks(&backing).len(), 512, "after {writes} writes");
+            if is_done {
+                break;
+            }
+        }
+        holds(&files, &disk);
+    }
 }

@@ -573,6 +573,17 @@ impl Recovered {
         });
     }
 
+    /// The copy that holds the superblock that counts, if the other one does not.
+    pub(super) fn sole_copy(&self) -> Option<u64> {
+        let generation = self.superblock.generation;
+        let holds = |copy: &Result<u64, SuperblockError>| matches!(copy, Ok(g) if *g == generation);
+        match self.copies.each_ref().map(holds) {
+            [true, false] => Some(0),
+            [false, true] => Some(1),
+            _ => None,
+        }
+    }
+
     /// Pages above the leaves, of both trees, that could not be had.
     pub fn missing_pages(&self) -> usize {
         self.missing.len() + self.lost_leaves.len() + self.space.damaged().len()

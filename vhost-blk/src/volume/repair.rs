@@ -12,8 +12,7 @@
 //! nothing has to wait for it.
 //!
 //! The exception is the header: [`mend_copies`](Recovered::mend_copies) writes at once, the sealed
-//! bytes of the good copy over the other. The checkpoint would do that too, but which copy it writes
-//! first depends on the generation: it may be the good one, and a power cut then would leave none.
+//! bytes of the good copy over the other. A volume with no other damage then needs no activation.
 //!
 //! Changed leaves stay in memory until the checkpoint: 4 KiB for each that has a lost block in it.
 
@@ -87,12 +86,10 @@ impl Recovered {
     /// The backing failed, or gives other bytes than a moment ago.
     pub fn mend_copies(&mut self, backing: &dyn Backing) -> io::Result<bool> {
         let generation = self.superblock.generation;
-        let is_current = |copy: &usize| matches!(self.copies[*copy], Ok(g) if g == generation);
-        let (Some(good), Some(other)) = (
-            (0..COPIES.len()).find(is_current),
-            (0..COPIES.len()).find(|copy| !is_current(copy)),
-        ) else {
-            return Ok(false);
+        let (good, other) = match self.sole_copy() {
+            Some(0) => (0, 1),
+            Some(_) => (1, 0),
+            None => return Ok(false),
         };
         let mut image = Buffer::zeroed(COPY_LEN / BLOCK_LEN);
         backing.read_at(COPIES[good], &mut image)?;

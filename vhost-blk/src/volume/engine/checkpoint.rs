@@ -4,6 +4,7 @@
 //!    commits go on meanwhile and land behind it in the log).
 //! 2. Wait for these writes, then a barrier.
 //! 3. The superblock to one copy, generation + 1. Wait, barrier. From here on the new tree counts.
+//!    Which copy follows from the generation; were it the only good one, it is generation + 2.
 //! 4. Free the replaced pages and the log before the snapshot.
 //! 5. The same superblock to the other copy. The next checkpoint's first barrier makes it durable
 //!    before the first copy is overwritten.
@@ -127,8 +128,10 @@ impl Core {
             chain,
             batch,
         } = self.applied;
+        let next = self.superblock.generation + 1;
+        let is_sole = self.sole_copy == Some(next % 2);
         let superblock = Superblock {
-            generation: self.superblock.generation + 1,
+            generation: next + u64::from(is_sole),
             clean: is_clean,
             session: session_id,
             log_position: position,
@@ -203,5 +206,6 @@ impl Core {
     /// The second copy is written.
     pub(super) fn finish_mirror(&mut self) {
         self.is_mirroring = false;
+        self.sole_copy = None;
     }
 }

@@ -104,6 +104,8 @@ pub struct Core {
     pub(super) volume_len: Arc<AtomicU64>,
     /// The second superblock copy is being written.
     pub(super) is_mirroring: bool,
+    /// The superblock copy that must not be written first, as only it holds what counts.
+    pub(super) sole_copy: Option<u64>,
     pub(super) ring: Option<RingWriter>,
     pub(super) ring_pressure: bool,
     /// Slots that only records of the delta ring name: of writes that a discard undid, or a write
@@ -157,6 +159,7 @@ impl Core {
     /// The state of a volume that was just opened.
     pub fn new(recovered: Recovered) -> Self {
         let is_unreadable = recovered.is_unreadable();
+        let sole_copy = recovered.sole_copy();
         let Recovered {
             superblock,
             dek,
@@ -195,6 +198,7 @@ impl Core {
             grow_to: None,
             volume_len: Arc::new(geometry.volume_len().into()),
             is_mirroring: false,
+            sole_copy,
             ring: None,
             ring_pressure: false,
             ring_only: Vec::new(),
