@@ -13,7 +13,8 @@
 //! A network interface gets its interrupts as legacy INTx (`vectors=0`) under TCG. QEMU 7.2 crashes
 //! in `msix_set_vector_notifiers` when a vhost-user network device with MSI-X starts without KVM's
 //! irqfd. Which release mended it was not found out, so all of them get it: what is slow there is
-//! the translation, not the interrupt. Block devices do not have the trouble.
+//! the translation, not the interrupt. Block devices do not have the trouble. `romfile=` leaves out the
+//! firmware to boot from a network, which would have its turn before the disk.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -145,7 +145,8 @@ pub struct Ended {
 }
 
 impl Vm {
-    /// Starts `host-shim run` on a VM of `disks`; `more` are further lines of its `[vm]` section.
+    /// Starts `host-shim run` on a VM of `disks`; `more` are further lines of its `[vm]` section, and
+    /// sections behind it.
     /// Does not wait for anything.
     ///
     /// # Panics
@@ -300,13 +301,26 @@ impl Vm {
         self.console.all()
     }
 
-    /// Process id of the card of disk `index`.
+    /// The card of disk `index`.
     ///
     /// # Panics
     /// When it does not run.
     #[must_use]
     pub fn card(&self, index: usize) -> Process {
-        let socket = format!("/disk{index}/vhost.sock");
+        self.card_of(&format!("disk{index}"))
+    }
+
+    /// The card of network interface `index`.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn nic(&self, index: usize) -> Process {
+        self.card_of(&format!("nic{index}"))
+    }
+
+    fn card_of(&self, label: &str) -> Process {
+        let socket = format!("/{label}/vhost.sock");
         let is_card = |p: &Process| p.command.contains(" serve ") && p.command.contains(&socket);
         let end = Instant::now() + PATIENCE;
         loop {

@@ -24,6 +24,14 @@ while read -r number line; do
 done
 "#;
 
+/// What the guest's DHCP client calls: takes the lease, and prints it.
+const LEASE: &str = r#"#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr add "$ip/$mask" dev "$interface"
+ip route add default via "$router"
+echo "lease $ip/$mask router $router hostname $hostname"
+"#;
+
 /// A folder of one test, removed in the end.
 pub struct Lab {
     dir: TempDir,
@@ -52,7 +60,7 @@ impl Lab {
         let stamper = std::fs::read(binary("stamper")).expect("the stamper");
         let libgcc = library("libgcc_s.so.1");
         let initrd = Initrd {
-            modules: &guest::MODULES,
+            modules: &["virtio_pci", "virtio_blk", "ext4", "virtio_net"],
             programs: &[
                 "mke2fs",
                 "e2fsck",
@@ -61,7 +69,11 @@ impl Lab {
                 "fstrim",
                 "dd",
             ],
-            files: &[("/sbin/stamper", &stamper), (&libgcc.0, &libgcc.1)],
+            files: &[
+                ("/sbin/stamper", &stamper),
+                (&libgcc.0, &libgcc.1),
+                ("/sbin/lease", LEASE.as_bytes()),
+            ],
             script: AGENT,
         };
         let archive = initrd.build(&kernel).expect("a RAM disk");
