@@ -107,13 +107,17 @@ fn web(body: &'static str) -> u16 {
     port
 }
 
+fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    listener.local_addr().expect("bound").port()
+}
+
 #[test]
 fn a_network_card_gives_the_guest_a_network_and_comes_back_when_it_is_killed() {
     let lab = Lab::new();
     let volume = lab.volume("a.vol", "16M");
     let web = web("fetched through the card");
-    let published = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let published = published.local_addr().expect("bound").port();
+    let published = free_port();
     let nic = format!(
         "[[nic]]\nmac = '52:54:00:0f:f1:0a'\nhostname = 'guest7'\n\
          publish = ['{published}:7777']\nmap-host-loopback = ['10.0.2.2']\n"

@@ -48,7 +48,7 @@ pub(crate) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         show.step("packages", packages::install)?;
     }
     if !args.offline && args.card_dir.is_none() {
-        show.step("block card", |_| build_card())?;
+        show.step("cards", |_| build_cards())?;
     }
     let card = host::find_card(args.card_dir.as_deref(), host::BLOCK_CARD)?;
     // Not in /tmp, which may be a tmpfs: a card reads and writes around the page cache.
@@ -59,9 +59,9 @@ pub(crate) fn demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     show.step("guest", |show| {
         let kernel = guest::kernel(&guest::cache_dir())?;
         let initrd = Initrd {
-            modules: &guest::MODULES,
+            modules: &["virtio_pci", "virtio_blk", "ext4", "virtio_net"],
             programs: &["mke2fs"],
-            files: &[],
+            files: &[("/sbin/lease", include_bytes!("lease.sh"))],
             script: include_str!("guest.sh"),
         };
         std::fs::write(stage.initrd(), initrd.build(&kernel)?)?;
@@ -86,8 +86,9 @@ fn story(show: &mut Show, stage: &Stage<'_>) -> anyhow::Result<()> {
             "{VOLUME_SIZE} volume, thin, its key in a file of mode 0600"
         ))
     })?;
+    let mut first = None;
     show.step("first boot", |show| {
-        let boot = stage.boot(show, "write")?;
+        let boot = first.insert(stage.boot(show, "write")?);
         boot.powered_off()?;
         ensure!(
             boot.console_has("demo: written"),
@@ -100,6 +101,18 @@ fn story(show: &mut Show, stage: &Stage<'_>) -> anyhow::Result<()> {
         ensure!(me != 0 || user != 0, "the card ran as root");
         Ok(format!(
             "the card ran as uid {user}; mkfs, write, sync, power off"
+        ))
+    })?;
+    show.step("network", |_| {
+        let boot = first.context("there was no boot")?;
+        let address = stage::ADDRESS;
+        ensure!(
+            boot.console_has(&format!("demo: network {address} of {} ", stage.instance())),
+            "the guest got no address, or the metadata service did not say which instance it is"
+        );
+        Ok(format!(
+            "{address} by DHCP; the metadata service knows the guest as {}",
+            stage.instance()
         ))
     })?;
     show.step("second boot", |show| {
@@ -177,20 +190,20 @@ fn tampering_was_seen(boot: &Boot) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the card from the sources beside this crate, if they are there; quick when it is built.
-fn build_card() -> anyhow::Result<String> {
+/// Builds the cards from the sources beside this crate, if they are there; quick when they are built.
+fn build_cards() -> anyhow::Result<String> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     if !workspace.join("vhost-blk/Cargo.toml").is_file() {
         return Ok("as installed".to_owned());
     }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
-        .args(["build", "--quiet", "-p", "vhost-blk"])
+        .args(["build", "--quiet", "-p", "vhost-blk", "-p", "vhost-net"])
         .current_dir(&workspace);
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
     let status = cargo.status().context("cannot run cargo")?;
-    ensure!(status.success(), "building vhost-blk failed");
+    ensure!(status.success(), "building the cards failed");
     Ok("built".to_owned())
 }

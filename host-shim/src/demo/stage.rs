@@ -18,6 +18,8 @@ use super::show::Show;
 
 /// How often the guest writes its secret into one file.
 pub(super) const MARKERS: usize = 20_000;
+/// The guest's address.
+pub(super) const ADDRESS: &str = "10.0.2.15";
 /// A boot under TCG takes three seconds; one that takes this long hangs.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 
@@ -26,6 +28,7 @@ pub(super) struct Stage<'a> {
     dir: &'a Path,
     card: &'a Path,
     marker: String,
+    instance: String,
 }
 
 /// What came of a boot.
@@ -62,8 +65,17 @@ impl<'a> Stage<'a> {
     pub(super) fn new(dir: &'a Path, card: &'a Path) -> anyhow::Result<Self> {
         let mut random = [0; 8];
         std::fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
-        let marker = format!("PLAINTEXT-{:016x}", u64::from_ne_bytes(random));
-        Ok(Self { dir, card, marker })
+        let random = u64::from_ne_bytes(random);
+        Ok(Self {
+            dir,
+            card,
+            marker: format!("PLAINTEXT-{random:016x}"),
+            // Nothing of the marker, which must be nowhere.
+            instance: format!(
+                "i-{:016x}",
+                random.rotate_left(23).wrapping_mul(0x9e37_79b9)
+            ),
+        })
     }
 
     pub(super) fn volume(&self) -> PathBuf {
@@ -85,6 +97,11 @@ impl<'a> Stage<'a> {
     /// What the guest writes, and nobody must find.
     pub(super) fn marker(&self) -> &str {
         &self.marker
+    }
+
+    /// What the metadata service says that the guest is.
+    pub(super) fn instance(&self) -> &str {
+        &self.instance
     }
 
     fn card(&self, args: &[&str]) -> Command {
@@ -131,6 +148,8 @@ impl<'a> Stage<'a> {
         let file = self.dir.join("vm.toml");
         let text = self.spec(stage);
         std::fs::write(&file, &text)?;
+        let metadata = format!("instance-id = \"{}\"\n", self.instance);
+        std::fs::write(self.dir.join("metadata.toml"), metadata)?;
         let spec = spec::parse(&text, &file).map_err(|error| anyhow::Error::new(*error))?;
         let binaries = Binaries {
             card_dir: self.card.parent().map(Path::to_owned),
@@ -206,6 +225,10 @@ impl<'a> Stage<'a> {
              [[disk]]\n\
              volume = \"demo.vol\"\n\
              key-file = \"demo.key\"\n\
+             \n\
+             [[nic]]\n\
+             ipv4 = \"{ADDRESS}/24\"\n\
+             metadata = \"metadata.toml\"\n\
              \n\
              [run]\n\
              dir = \"run\"\n"
