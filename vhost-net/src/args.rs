@@ -12,6 +12,10 @@ use smoltcp::wire::EthernetAddress;
 use crate::host::publish::Rule;
 use crate::spec::{Ipv4, Ipv6, MTU_MAX, MTU_MIN, Spec};
 
+mod limits;
+
+pub use limits::LimitArgs;
+
 /// Most queue pairs.
 const PAIRS_MAX: u16 = 1;
 /// Bytes of a flow log's file.
@@ -72,6 +76,9 @@ pub struct ServeArgs {
     /// The guest's user-data, on the metadata service
     #[arg(long, value_name = "FILE")]
     pub user_data: Option<PathBuf>,
+    /// What it may carry.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Write a flow log (version 2) to this file, which rotates to FILE.1, FILE.2 and so on
     #[arg(long, value_name = "FILE")]
     pub flow_log: Option<PathBuf>,
@@ -266,6 +273,25 @@ mod tests {
     }
 
     #[test]
+    fn limits_are_of_a_direction_and_may_burst() {
+        let args = "serve --fd 3 --rx-bps 1M --rx-bps-burst 2M:5 --tx-pps 100";
+        let Command::Serve(serve) = parse(args).unwrap().command;
+        let spec = serve.limits.spec();
+        let burst = offload::limit::Burst {
+            rate: 2 << 20,
+            seconds: 5,
+        };
+        assert_eq!(
+            (spec.rx.bps, spec.rx.bps_burst),
+            (Some(1 << 20), Some(burst))
+        );
+        assert_eq!(
+            (spec.rx.pps, spec.tx.pps, spec.tx.bps),
+            (None, Some(100), None)
+        );
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_a_hint() {
         for (wrong, hint) in [
             ("--mac 01:00:5e:00:00:01", "52:54"),
@@ -277,6 +303,8 @@ mod tests {
             ("--user root", "numbers"),
             ("--flow-log f --flow-log-interval 61", "60 or 600"),
             ("--flow-log f --flow-log-size 1K", "64K to 1G"),
+            ("--rx-bps-burst 3M", "--rx-bps"),
+            ("--tx-pps 3 --tx-pps-burst x", "N:SECONDS"),
             ("--flow-log-keep 3", "--flow-log"),
         ] {
             let error = parse(&format!("serve --fd 3 {wrong}")).unwrap_err();

@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::args::ServeArgs;
 use crate::device::NetDevice;
+use crate::device::limits::LimitsSpec;
 use crate::host::publish::{Published, Transport};
 use crate::locals::{FlowLogOptions, LocalOptions};
 use crate::policy::SharedRules;
@@ -52,6 +53,10 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     };
     let (local, flow_log) = local(args, &spec)?;
     let device = Arc::new(NetDevice::new(spec, settings, local, args.queue_pairs));
+    let limits = args.limits.spec();
+    device
+        .set_limits(limits)
+        .context("the limits cannot be kept")?;
     for rule in &args.publish {
         let port = Published::open(*rule).with_context(|| format!("cannot publish {rule}"))?;
         device.publish(|ports| ports.push(Arc::new(port)));
@@ -184,6 +189,19 @@ fn control(
                 .replace(spec)
                 .map_err(|error| ControlError::bad_params(error.to_string()))?;
             Ok(json!({ "rules": rules.report() }))
+        }
+    });
+    let server = server.method("limits", {
+        let device = Arc::clone(device);
+        move |params| {
+            if !params.is_null() {
+                let spec: LimitsSpec = serde_json::from_value(params)
+                    .map_err(|error| ControlError::bad_params(error.to_string()))?;
+                device
+                    .set_limits(spec)
+                    .map_err(|error| ControlError::bad_params(error.to_string()))?;
+            }
+            Ok(json!(device.limits()))
         }
     });
     Ok(server.method("interface", move |_| {

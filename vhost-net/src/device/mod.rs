@@ -29,9 +29,11 @@ use crate::locals::{LocalOptions, LocalSide};
 use crate::spec::Spec;
 use crate::stack::{Accepts, Settings, Stack};
 
+pub mod limits;
 mod pair;
 mod rings;
 
+use limits::{Limits, LimitsError, LimitsSpec};
 pub use pair::Pair;
 
 #[cfg(test)]
@@ -94,6 +96,7 @@ pub(crate) struct Shared {
     pub(crate) stats: Arc<CardStats>,
     /// What services and policy are told.
     pub(crate) local: LocalOptions,
+    pub(crate) limits: Limits,
     pub(crate) acked: AtomicU64,
     /// Grows when rings start anew: what belongs to an older one is over.
     pub(crate) session: AtomicU64,
@@ -121,6 +124,7 @@ impl NetDevice {
                 settings,
                 stats: Arc::default(),
                 local,
+                limits: Limits::default(),
                 acked: AtomicU64::new(0),
                 session: AtomicU64::new(0),
                 published: Mutex::default(),
@@ -150,6 +154,22 @@ impl NetDevice {
         self.shared.local.rules.as_ref()
     }
 
+    /// What it may carry.
+    #[must_use]
+    pub fn limits(&self) -> LimitsSpec {
+        self.shared.limits.spec()
+    }
+
+    /// Changes what it may carry, also for frames that wait.
+    ///
+    /// # Errors
+    /// The limits cannot be kept; nothing has changed.
+    pub fn set_limits(&self, spec: LimitsSpec) -> Result<(), LimitsError> {
+        self.shared.limits.set(spec)?;
+        self.wake();
+        Ok(())
+    }
+
     /// What the interface is.
     #[must_use]
     pub fn spec(&self) -> &Arc<Spec> {
@@ -162,6 +182,7 @@ impl NetDevice {
             registry.queue(index, stats);
         }
         self.shared.stats.register(registry);
+        self.shared.limits.register(registry);
     }
 
     /// Exchanges the published ports; `change` gets those in force.

@@ -3,7 +3,7 @@
 //!
 //! In a round, the transmit ring's chains come first (each is copied and returned at once), then
 //! sockets' events, then flows get their turns, which fill receive buffers; both rings are published
-//! once. The pair holds no chain from round to round.
+//! once. The pair holds no chain from round to round but those that wait for the interface's limits.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use offload::device::{Chain, QueueHandler};
 use offload::telemetry::{ErrorKind, QueueStats};
 use offload::worker::QueueIo;
 
+use super::limits::{RxGate, TxGate};
 use super::rings::{RxWire, Waiting, gather};
 use super::{Negotiated, Shared};
 use crate::card::Card;
@@ -46,6 +47,8 @@ pub struct Pair {
     card: Card<LocalSide>,
     host: HostSockets,
     waiting: Waiting,
+    rx_gate: RxGate,
+    tx_gate: TxGate,
     buffer: Box<[u8]>,
     happened: Vec<Happened>,
     /// Sockets may have events that were not taken yet.
@@ -82,6 +85,8 @@ impl Pair {
             card: super::card(&shared, negotiated, rx == 0, now)?,
             host: super::host()?,
             waiting: Waiting::default(),
+            rx_gate: shared.limits.rx_gate(),
+            tx_gate: shared.limits.tx_gate(),
             buffer: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             happened: Vec::new(),
             has_events: false,
@@ -154,6 +159,7 @@ impl Pair {
                 waiting: &mut self.waiting,
                 stats: &self.rx_stats,
                 overruns: &self.shared.stats.overruns,
+                gate: &mut self.rx_gate,
             };
             let (now, host) = (self.now, &mut self.host);
             self.card.answered(token, payload, now, &mut wire, host);
@@ -189,6 +195,7 @@ impl Pair {
                         waiting: &mut self.waiting,
                         stats: &self.rx_stats,
                         overruns: &self.shared.stats.overruns,
+                        gate: &mut self.rx_gate,
                     };
                     self.card.datagram_in(
                         at,
@@ -203,16 +210,8 @@ impl Pair {
             }
         }
     }
-}
 
-impl QueueHandler for Pair {
-    fn is_pulled(&self, queue: u16) -> bool {
-        queue == self.rx
-    }
-
-    fn request(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
-        self.now = Instant::now();
-        self.follow_session();
+    fn transmit(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
         let memory = Arc::clone(io.memory());
         let bytes = gather(&chain.readable, &memory, &mut self.buffer);
         io.complete(chain.token, 0);
@@ -230,9 +229,25 @@ impl QueueHandler for Pair {
             waiting: &mut self.waiting,
             stats: &self.rx_stats,
             overruns: &self.shared.stats.overruns,
+            gate: &mut self.rx_gate,
         };
         self.card
             .from_guest(&header, frame, self.now, &mut wire, &mut self.host);
+    }
+}
+
+impl QueueHandler for Pair {
+    fn is_pulled(&self, queue: u16) -> bool {
+        queue == self.rx
+    }
+
+    fn request(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
+        self.now = Instant::now();
+        self.follow_session();
+        let header_len = self.negotiated.header_len;
+        if let Some(chain) = self.tx_gate.offer(chain, io.memory(), header_len) {
+            self.transmit(chain, io);
+        }
     }
 
     fn batch_end(&mut self, _: &mut QueueIo<'_>) {}
@@ -252,6 +267,9 @@ impl QueueHandler for Pair {
         self.follow_session();
         self.follow_published();
         self.arm(io);
+        while let Some(chain) = self.tx_gate.next() {
+            self.transmit(chain, io);
+        }
         if self.has_events {
             self.take_events(io);
         }
@@ -262,6 +280,7 @@ impl QueueHandler for Pair {
             waiting: &mut self.waiting,
             stats: &self.rx_stats,
             overruns: &self.shared.stats.overruns,
+            gate: &mut self.rx_gate,
         };
         wire.flush();
         self.card.run(self.now, &mut wire, &mut self.host);
@@ -271,8 +290,16 @@ impl QueueHandler for Pair {
         self.has_events || (self.card.stack.has_work() && self.waiting.is_empty())
     }
 
+    fn stopping(&mut self, io: &mut QueueIo<'_>) {
+        while let Some(chain) = self.tx_gate.next_unlimited() {
+            self.transmit(chain, io);
+        }
+    }
+
     fn deadline(&self) -> Option<Instant> {
-        self.card.deadline()
+        let gates = [self.rx_gate.deadline(), self.tx_gate.deadline()];
+        let ends = gates.into_iter().chain([self.card.deadline()]);
+        ends.flatten().min()
     }
 
     fn shutdown(&mut self, io: &mut QueueIo<'_>) {
@@ -286,6 +313,6 @@ impl QueueHandler for Pair {
     }
 
     fn chains_held(&self) -> usize {
-        0
+        self.tx_gate.len()
     }
 }

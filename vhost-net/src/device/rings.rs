@@ -16,6 +16,7 @@ use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Negotiated;
+use super::limits::RxGate;
 use crate::frame::header::{HEADER_LEN, NetHeader};
 use crate::stack::Wire;
 
@@ -41,6 +42,26 @@ pub(super) fn gather<'b>(
     buffer.get(..len)
 }
 
+/// Copies the first bytes of device-readable segments, as many as `front` has. `None`: they have
+/// fewer, or are not in memory.
+pub(super) fn gather_front<'b>(
+    segments: &[Segment],
+    memory: &GuestMemory,
+    front: &'b mut [u8],
+) -> Option<&'b [u8]> {
+    let mut at = 0;
+    for segment in segments {
+        let len = (front.len() - at).min(segment.len as usize);
+        let place = front.get_mut(at..at + len)?;
+        memory.read_slice(place, GuestAddress(segment.addr)).ok()?;
+        at += len;
+        if at == front.len() {
+            return Some(front);
+        }
+    }
+    None
+}
+
 /// Frames for the guest that wait.
 #[derive(Debug, Default)]
 pub(super) struct Waiting(VecDeque<(NetHeader, Box<[u8]>)>);
@@ -63,17 +84,27 @@ pub(super) struct RxWire<'a, 'io> {
     pub(super) waiting: &'a mut Waiting,
     pub(super) stats: &'a QueueStats,
     pub(super) overruns: &'a Counter,
+    pub(super) gate: &'a mut RxGate,
 }
 
 impl RxWire<'_, '_> {
     /// Sends what waits, as far as there are buffers.
     pub(super) fn flush(&mut self) {
         while let Some((header, frame)) = self.waiting.0.pop_front() {
-            if !self.place(header, &frame) {
+            if !self.may_place(header, &frame) {
                 self.waiting.0.push_front((header, frame));
                 return;
             }
         }
+    }
+
+    /// [`Self::place`] when the limits allow it.
+    fn may_place(&mut self, header: NetHeader, frame: &[u8]) -> bool {
+        let has_gone = self.gate.may_send(&header, frame.len()) && self.place(header, frame);
+        if has_gone {
+            self.gate.sent();
+        }
+        has_gone
     }
 
     /// Puts a frame into the guest's buffers; false, and nothing done, if they do not suffice.
@@ -159,7 +190,7 @@ impl Wire for RxWire<'_, '_> {
     }
 
     fn send(&mut self, header: NetHeader, frame: &[u8]) {
-        if self.waiting.0.is_empty() && self.place(header, frame) {
+        if self.waiting.0.is_empty() && self.may_place(header, frame) {
             return;
         }
         if self.waiting.0.len() >= WAITING_MAX {
