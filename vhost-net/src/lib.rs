@@ -25,6 +25,7 @@
 //! | [`device`] | the virtio-net device: features, queue pairs |
 //! | [`local`] | what the services and the policy look like from the data path |
 //! | [`services`] | ARP, ND, DHCP, DHCPv6, DNS, metadata, ping: what the card itself is on the link |
+//! | [`metrics`] | what services and policy count, as the control socket shows it |
 //! | [`policy`] | source check, security groups, connection tracking, flow log, capture format |
 //!
 //! Everything but [`device`] and [`host`] is free of I/O: it takes bytes and a `now` and returns
@@ -38,6 +39,7 @@ pub mod frame;
 pub mod host;
 pub mod local;
 pub mod locals;
+pub mod metrics;
 pub mod policy;
 pub mod services;
 pub mod spec;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::card::Local;
 use crate::frame::Frame;
 use crate::local::{Decision, Direction, Meta, Outbox, TcpService, Verdict};
+use crate::metrics::{LocalMetrics, Told};
 use crate::policy::flowfile::Feed;
 use crate::policy::flowlog::{FLOWS_MAX, FlowLog};
 use crate::policy::{Policy, PolicyOptions, SharedRules};
@@ -32,6 +33,8 @@ pub struct LocalOptions {
     pub peers: Vec<(String, Vec<IpAddr>)>,
     /// The flow log; `None`, or no rules: there is none.
     pub flow_log: Option<FlowLogOptions>,
+    /// Where counters are added up.
+    pub metrics: Arc<LocalMetrics>,
 }
 
 /// Where a flow log goes.
@@ -52,6 +55,8 @@ pub struct LocalSide {
     expire_at: Instant,
     /// Where the flow log's windows go, and when the next one is over.
     windows: Option<(Feed, Instant)>,
+    metrics: Arc<LocalMetrics>,
+    told: Told,
 }
 
 impl LocalSide {
@@ -80,7 +85,15 @@ impl LocalSide {
             policy,
             expire_at: now + EXPIRE_INTERVAL,
             windows,
+            metrics: Arc::clone(&options.metrics),
+            told: Told::default(),
         }
+    }
+
+    fn tell(&mut self) {
+        let policy = self.policy.as_ref().map(Policy::stats).unwrap_or_default();
+        let services = self.services.stats();
+        self.metrics.tell(&mut self.told, &services, &policy);
     }
 
     fn pass_window(&mut self, now: Instant) {
@@ -100,6 +113,7 @@ impl Drop for LocalSide {
     /// What the flow log has counted of its interval is not lost when the driver starts anew or the
     /// card ends. An interval of which nothing is known is not told of.
     fn drop(&mut self) {
+        self.tell();
         if let Some((feed, _)) = &mut self.windows
             && let Some(log) = self.policy.as_mut().and_then(Policy::log)
         {
@@ -157,6 +171,7 @@ impl Local for LocalSide {
                 } else {
                     EXPIRE_INTERVAL
                 };
+            self.tell();
         }
     }
 
@@ -227,7 +242,12 @@ mod tests {
         }
         let past = end + Duration::from_secs(1);
         assert!(side.allows(Direction::Out, &meta([192, 0, 2, 3]), past));
+        assert_eq!(options.metrics.get("policy", "flow"), 1);
         drop((side, writer));
+        // What was not told in time is told in the end, and nothing twice.
+        assert_eq!(options.metrics.get("policy", "flow"), 2);
+        assert_eq!(options.metrics.get("policy", "denied_in"), 1);
+        assert_eq!(options.metrics.get("policy", "denied_out"), 0);
         let text = std::fs::read_to_string(&path).unwrap();
         for wanted in [
             " 10.0.2.15 192.0.2.1 40000 9 17 1 100 ",

@@ -183,6 +183,8 @@ impl NetDevice {
         }
         self.shared.stats.register(registry);
         self.shared.limits.register(registry);
+        let local = &self.shared.local;
+        local.metrics.register(registry, local.imds.as_ref());
     }
 
     /// Exchanges the published ports; `change` gets those in force.
