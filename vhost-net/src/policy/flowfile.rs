@@ -10,7 +10,7 @@
 //! the next one says so. The same holds for windows that the disk did not take.
 //!
 //! Windows of several queues for one interval are joined: the writer keeps a window until one of
-//! another interval comes or none has come for [`PATIENCE`].
+//! another interval comes or none has come for `PATIENCE`.
 //!
 //! # Rotation
 //! When a window would take the file over its size, `FILE.1` becomes `FILE.2` and so on, `FILE`
