@@ -48,6 +48,11 @@ impl Patience {
         }
     }
 
+    /// For how long is looked at most.
+    pub(super) const fn limit(&self) -> Duration {
+        self.limit
+    }
+
     /// A wait begins at `now()`. Until when to look, if at all.
     pub(super) fn begin(&mut self, wait: Wait, now: impl FnOnce() -> Instant) -> Option<Instant> {
         if self.limit.is_zero() {

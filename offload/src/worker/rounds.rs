@@ -27,6 +27,14 @@ const POP_BATCH: u64 = 64;
 /// Completions taken at a time, and how often in a round.
 const CQE_BATCH: usize = 64;
 const CQE_BATCHES: usize = 8;
+/// With so many chains of a ring out, the guest is told of a few completions together, while the
+/// thread is at work anyway or looks for the next event: waking a guest's processor costs as much as
+/// serving a small request, and a guest that has so much to wait for does not miss the first of it.
+const BUSY_OUT: u16 = 12;
+/// So many are not put off any more.
+const TOLD_TOGETHER: u64 = 4;
+/// For how long a look for more may put them off. Before sleeping, everything is told.
+const TELL_AFTER: Duration = Duration::from_micros(8);
 /// How often a ring without kick eventfd is looked at.
 const NO_KICK_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -71,6 +79,8 @@ struct Ring {
     stopping: Option<Sender<Result<u16, WorkerError>>>,
     kick: Kick,
     call: Option<Call>,
+    /// Completions that were shown since the guest asked to be told of them and was not yet.
+    untold: u64,
     err: Option<OwnedFd>,
     has_logged_fault: bool,
     has_logged_malformed: bool,
@@ -88,6 +98,7 @@ impl Ring {
             stopping: None,
             kick: Kick::default(),
             call: None,
+            untold: 0,
             err: None,
             has_logged_fault: false,
             has_logged_malformed: false,
@@ -98,7 +109,15 @@ impl Ring {
         self.queue.is_some() && self.is_enabled && self.stopping.is_none()
     }
 
-    fn signal_call(&self) {
+    /// Tells of what was put off, if anything.
+    fn tell(&mut self) {
+        if self.untold > 0 {
+            self.signal_call();
+        }
+    }
+
+    fn signal_call(&mut self) {
+        self.untold = 0;
         if let Some(call) = &self.call {
             self.stats.notifications.inc();
             call.signal();
@@ -122,10 +141,15 @@ impl Ring {
         };
         let completed = u64::from(queue.unpublished());
         let fault = queue.fault();
+        let is_busy = !self.is_pulled && queue.out_count() >= BUSY_OUT;
+        let mut wants_call = self.untold > 0;
         if completed > 0 {
-            let wants_call = queue.publish();
+            wants_call |= queue.publish();
             self.stats.completions.add(completed);
-            if wants_call {
+        }
+        if wants_call {
+            self.untold += completed;
+            if !is_busy || completed == 0 || self.untold >= TOLD_TOGETHER {
                 self.signal_call();
             }
         }
@@ -146,6 +170,12 @@ impl Ring {
 }
 
 impl Engine {
+    fn tell(&mut self) {
+        for ring in &mut self.rings {
+            ring.tell();
+        }
+    }
+
     /// To be called on the queue's thread.
     pub(super) fn new(queues: Vec<(u16, Arc<QueueStats>)>) -> io::Result<Self> {
         let rings = queues.into_iter();
@@ -779,9 +809,12 @@ impl<H: QueueHandler> Rounds<H> {
             _ => Wait::Kernel,
         };
         let Some(until) = self.patience.begin(wait, Instant::now) else {
+            engine.tell();
             return Ok(false);
         };
         engine.uring.submit()?;
+        let tell_at = (until + TELL_AFTER).checked_sub(self.patience.limit());
+        let mut tells = engine.rings.iter().any(|ring| ring.untold > 0);
         loop {
             // A doorbell, too, is a completion.
             let has_chain = |ring: &mut Ring| {
@@ -794,7 +827,12 @@ impl<H: QueueHandler> Rounds<H> {
             {
                 return Ok(true);
             }
-            if Instant::now() >= until {
+            let now = Instant::now();
+            if tells && (now >= until || tell_at.is_none_or(|at| now >= at)) {
+                engine.tell();
+                tells = false;
+            }
+            if now >= until {
                 return Ok(false);
             }
             std::hint::spin_loop();

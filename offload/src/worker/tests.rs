@@ -25,6 +25,10 @@ enum Mode {
     ThroughTheRing,
     /// When it is told to, by [`Echo::release`].
     WhenReleased,
+    /// One for each wake.
+    OneAWake,
+    /// One in each round, and rounds go on until all are answered.
+    OneARound,
 }
 
 /// Copies the first readable buffer to the first writable one.
@@ -115,6 +119,13 @@ struct EchoQueue {
 }
 
 impl EchoQueue {
+    fn answer_one(&mut self, io: &mut QueueIo<'_>) {
+        if let Some(chain) = self.held.iter_mut().find_map(Option::take) {
+            self.count -= 1;
+            self.answer(chain, io);
+        }
+    }
+
     fn answer(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
         let mut written = 0;
         if let (Some(from), Some(to)) = (chain.readable.first(), chain.writable.first()) {
@@ -171,6 +182,9 @@ impl QueueHandler for EchoQueue {
     fn wake(&mut self, io: &mut QueueIo<'_>) {
         self.echo.wakes.fetch_add(1, Ordering::Relaxed);
         *self.echo.deadline.lock().unwrap() = None;
+        if self.echo.mode == Mode::OneAWake {
+            self.answer_one(io);
+        }
         if self.echo.mode == Mode::WhenReleased && self.echo.released.load(Ordering::Acquire) {
             for place in 0..self.held.len() {
                 if let Some(chain) = self.held[place].take() {
@@ -181,8 +195,15 @@ impl QueueHandler for EchoQueue {
         }
     }
 
-    fn round_end(&mut self, _: &mut QueueIo<'_>) {
+    fn round_end(&mut self, io: &mut QueueIo<'_>) {
         self.echo.rounds.fetch_add(1, Ordering::Relaxed);
+        if self.echo.mode == Mode::OneARound {
+            self.answer_one(io);
+        }
+    }
+
+    fn has_more(&self) -> bool {
+        self.echo.mode == Mode::OneARound && self.count > 0
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -313,6 +334,60 @@ fn a_queue_that_polls_answers_all_with_fewer_kicks_and_stops() {
         assert!(stats.kicks.get() < 8500, "{} kicks", stats.kicks.get());
         assert_eq!(thread.stop().unwrap(), 9000);
         assert_eq!(stats.completions.get(), 9000);
+    }
+}
+
+#[test]
+fn a_busy_guest_is_told_of_a_few_completions_together() {
+    let echo = Echo::new(Mode::OneARound);
+    let (thread, stats) = spawn(&echo, 0);
+    let ram = GuestRam::new(1 << 20);
+    // Without EVENT_IDX the guest wants to be told of each.
+    let mut client = Client::new(&ram, 64, 0, false);
+    for _ in 0..32 {
+        assert!(client.send());
+    }
+    client.driver.publish();
+    thread.start(client.driver.ring_config(0, None)).unwrap();
+    for _ in 0..32 {
+        let used = client.driver.wait_used(PATIENCE).expect("an answer");
+        client.check(used);
+    }
+    thread.stop().unwrap();
+    assert_eq!(stats.completions.get(), 32);
+    // In fours while there are many more to come, then one by one.
+    let told = stats.notifications.get();
+    assert!((12..=20).contains(&told), "{told} notifications");
+}
+
+#[test]
+fn a_busy_guest_is_told_of_a_completion_that_no_other_follows() {
+    const WAIT: Duration = Duration::from_secs(1);
+    for poll_limit in [0, 3, 3000].map(Duration::from_micros) {
+        let echo = Echo::polling(Mode::OneAWake, poll_limit);
+        let (thread, stats) = spawn(&echo, 0);
+        let ram = GuestRam::new(1 << 20);
+        let mut client = Client::new(&ram, 64, EVENT_IDX, false);
+        while client.send() {}
+        client.driver.publish();
+        thread.start(client.driver.ring_config(0, None)).unwrap();
+        while stats.requests.get() < 32 {
+            std::thread::yield_now();
+        }
+        let mut untold = 0;
+        for _ in 0..32 {
+            let begin = Instant::now();
+            echo.wakers.lock().unwrap()[0].wake();
+            let used = client.driver.wait_used(WAIT).expect("an answer");
+            client.check(used);
+            // What was not told is seen when the wait ends.
+            untold += u32::from(begin.elapsed() >= WAIT);
+        }
+        thread.stop().unwrap();
+        assert_eq!(
+            untold, 0,
+            "answered, but not told, at a limit of {poll_limit:?}"
+        );
     }
 }
 
