@@ -86,7 +86,6 @@ caught! { World::few;
 }
 
 caught! { World::new;
-    an_activation_without_a_first_barrier_is_noticed: NoFirstBarrier,
     forgetting_a_changed_page_is_noticed: EvictDirty,
     forgetting_a_page_while_it_is_being_written_is_noticed: EvictUnwritten,
     forgetting_what_an_admitted_write_needs_is_noticed: TouchWithoutPin,

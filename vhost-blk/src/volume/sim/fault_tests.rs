@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use crypto::slot::Argon2Params;
 
 use super::disk::SimDisk;
-use super::world::{Quiet, SimRing, material, small_geometry};
+use super::world::{Dice, Quiet, SimRing, material, small_geometry};
 use crate::volume::backing::Backing;
 use crate::volume::create::create;
 use crate::volume::engine::{
@@ -24,6 +24,7 @@ use crate::volume::mutant::{self, Mutant};
 use crate::volume::page::{PagePlace, TreeKind};
 use crate::volume::recover::{recover, recover_within};
 use crate::volume::ring::{self, RingMemory};
+use crate::volume::superblock::COPIES;
 
 const EIO: i32 = 5;
 
@@ -200,6 +201,10 @@ impl Rig {
 
 fn is_log(log: &std::ops::Range<u64>, kind: &IoKind) -> bool {
     matches!(kind, IoKind::Write { offset, .. } if log.contains(offset))
+}
+
+fn is_superblock(kind: &IoKind) -> bool {
+    matches!(kind, IoKind::Write { offset, .. } if COPIES.contains(offset))
 }
 
 #[test]
@@ -751,10 +756,6 @@ fn no_superblock_is_written_after_the_barrier_of_a_growing_volume_failed() {
     assert!(!rig.held.is_empty(), "the barrier of a checkpoint");
     *backing.fails_sync.lock().expect("no panic") = true;
     assert!(rig.volume.begin_grow(3 << 20).is_err());
-    let is_superblock = |kind: &IoKind| {
-        matches!(kind, IoKind::Write { offset, .. }
-            if crate::volume::superblock::COPIES.contains(offset))
-    };
     rig.run(is_superblock);
     assert!(
         rig.held.is_empty(),
@@ -1053,4 +1054,51 @@ fn replaying_committed_ring_records_is_noticed() {
     mutant::set(None);
     let found = recover(&*disk, &material()).expect("opens");
     assert!(attached.is_err() || found.blocks(&*disk).len() > 1);
+}
+
+/// A card dies when its checkpoint's superblock is written and not durable yet; the next one is at its
+/// activation when the power goes. Whether all is there.
+fn outlives_a_cut_in_an_activation(seed: u64) -> bool {
+    let mut dice = Dice::new(seed);
+    let disk = volume_on(small_geometry());
+    let mut rig = Rig::serve(&disk, None, 1);
+    rig.write(0, 1, 8);
+    rig.run(|_| false);
+    rig.volume.close().expect("closes");
+    let mut rig = Rig::serve(&disk, None, 1);
+    rig.write(0, 1, 8);
+    rig.run(|_| false);
+    rig.submit(0, Op::Flush);
+    rig.run(|_| false);
+    rig.volume.begin_grow(2 << 20).expect("begins");
+    rig.run(is_superblock);
+    assert_eq!(rig.held.len(), 1, "the superblock");
+    rig.land(0, None);
+    // No barrier completes any more. The log has something for the next activation to write.
+    let is_sync = |kind: &IoKind| matches!(kind, IoKind::Sync);
+    rig.write(0, 20, 4);
+    rig.run(is_sync);
+    rig.submit(0, Op::Flush);
+    rig.run(is_sync);
+    drop(rig);
+    let next = open(&disk);
+    disk.set_fuse(Some(1 + dice.below(6) as u32));
+    let _ = next.attach(None);
+    disk.cut_power(&mut dice);
+    disk.set_fuse(None);
+    recover(&*disk, &material())
+        .is_ok_and(|found| found.missing_pages() == 0 && found.blocks(&*disk).len() >= 8)
+}
+
+#[test]
+fn an_activation_makes_what_it_found_durable_before_it_writes() {
+    assert!((0..200).all(outlives_a_cut_in_an_activation));
+}
+
+#[test]
+fn an_activation_without_a_first_barrier_is_noticed() {
+    mutant::set(Some(Mutant::NoFirstBarrier));
+    let is_unnoticed = (0..200).all(outlives_a_cut_in_an_activation);
+    mutant::set(None);
+    assert!(!is_unnoticed);
 }
