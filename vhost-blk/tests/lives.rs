@@ -6,12 +6,13 @@ mod common;
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use common::*;
 
 #[test]
 fn kill_9_under_load_loses_no_acknowledged_write() {
-    kill_9_under_load(&Files::with_volume("64M"));
+    kill_9_under_load(&Files::with_volume("64M"), 150);
 }
 
 /// Where the card does not use io_uring for data.
@@ -24,10 +25,11 @@ fn kill_9_under_load_loses_no_acknowledged_write_in_memory() {
     }
     let files = Files::within(memory);
     files.create("64M");
-    kill_9_under_load(&files);
+    kill_9_under_load(&files, 15);
 }
 
-fn kill_9_under_load(files: &Files) {
+/// Kills the card again and again, up to 7 `step`s of a microsecond after its queues were filled.
+fn kill_9_under_load(files: &Files, step: u64) {
     let mut card = files.serve(&["--queues", "2"]);
     let options = Options {
         queues: 2,
@@ -40,9 +42,12 @@ fn kill_9_under_load(files: &Files) {
     let mut out: Vec<(u64, u64, Ticket)> = Vec::new();
     let mut version = 0;
     let mut resubmissions = 0;
-    for round in 0..8_u64 {
+    // A kill can find the card idle, in memory above all: then there are more of them.
+    let mut round = 0;
+    while round < 8 || (resubmissions == 0 && round < 100) {
         let mut done = 0;
-        let target = 150 + round * 37;
+        let target = 150 + round % 8 * 37;
+        // The queues are filled once more at the end, so that the kill meets a card at work.
         loop {
             while out.len() < 40 {
                 version += 1;
@@ -84,7 +89,11 @@ fn kill_9_under_load(files: &Files) {
             }
             out = still;
         }
-        std::thread::sleep(std::time::Duration::from_micros(round * 150));
+        // Not asleep: that would take longer than the whole load does in memory.
+        let moment = Instant::now();
+        while moment.elapsed() < Duration::from_micros(round % 8 * step) {
+            std::hint::spin_loop();
+        }
         card.kill();
         card = files.serve(&["--queues", "2"]);
         guest.reconnect(&card);
@@ -105,6 +114,7 @@ fn kill_9_under_load(files: &Files) {
                 }
             }
         }
+        round += 1;
     }
     for (block, version, ticket) in std::mem::take(&mut out) {
         assert_eq!(guest.wait(&ticket).status, OK);
