@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use crypto::source::KeySource;
-use offload::cli::{SocketArgs, parse_size};
+use offload::cli::{SocketArgs, parse_size, parse_user};
 use offload::sandbox::{Seccomp, User};
 use offload::telemetry::LogArgs;
 
@@ -174,7 +174,7 @@ pub struct ServeArgs {
         value_parser = clap::value_parser!(u8).range(1..=100))]
     pub low_space: u8,
     /// Become this user (UID or UID:GID, numbers) once volume, key and sockets are open
-    #[arg(long, value_name = "USER", value_parser = user)]
+    #[arg(long, value_name = "USER", value_parser = parse_user)]
     pub user: Option<User>,
     /// What happens at a system call that the card is not known to need
     #[arg(long, value_enum, value_name = "MODE", default_value = "enforce")]
@@ -351,16 +351,6 @@ fn serial(text: &str) -> Result<[u8; SERIAL_LEN], String> {
             "a serial number has 1 to {SERIAL_LEN} printable ASCII characters"
         )),
     }
-}
-
-fn user(text: &str) -> Result<User, String> {
-    let wrong = || "a user is UID or UID:GID in numbers, like 1000:1000".to_owned();
-    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
-    let (uid, gid) = text.split_once(':').unwrap_or((text, text));
-    Ok(User {
-        uid: number(uid)?,
-        gid: number(gid)?,
-    })
 }
 
 #[cfg(test)]

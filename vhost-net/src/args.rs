@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use offload::cli::{SocketArgs, parse_size};
+use offload::cli::{SocketArgs, parse_size, parse_user};
 use offload::sandbox::{Seccomp, User};
 use offload::telemetry::LogArgs;
 use smoltcp::wire::EthernetAddress;
@@ -98,7 +98,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
     /// Become this user (UID or UID:GID, numbers) once all sockets are open
-    #[arg(long, value_name = "USER", value_parser = user)]
+    #[arg(long, value_name = "USER", value_parser = parse_user)]
     pub user: Option<User>,
     /// What happens at a system call that the card is not known to need
     #[arg(long, value_enum, value_name = "MODE", default_value = "enforce")]
@@ -225,16 +225,6 @@ fn log_size(text: &str) -> Result<u64, String> {
     } else {
         Err("a flow log's file takes 64K to 1G".to_owned())
     }
-}
-
-fn user(text: &str) -> Result<User, String> {
-    let wrong = || "a user is UID or UID:GID in numbers, like 1000:1000".to_owned();
-    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
-    let (uid, gid) = text.split_once(':').unwrap_or((text, text));
-    Ok(User {
-        uid: number(uid)?,
-        gid: number(gid)?,
-    })
 }
 
 #[cfg(test)]

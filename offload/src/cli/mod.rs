@@ -15,9 +15,11 @@ mod capabilities;
 mod listener;
 mod size;
 mod socket;
+mod user;
 
 pub use args::{SocketArgs, parse_mode};
 pub use capabilities::{Capabilities, capabilities_asked};
 pub use listener::{FdError, ListenError, Listener};
 pub use size::{SizeError, format_size, parse_size};
 pub use socket::{SocketError, SocketFile, bind_socket};
+pub use user::parse_user;
