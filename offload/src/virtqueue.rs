@@ -411,21 +411,28 @@ impl Virtqueue {
         None
     }
 
-    /// Undoes the last [`Self::pop`]: the chain is the next to be popped again.
-    pub fn unpop(&mut self, token: ChainToken) {
-        let head = token.head;
-        let Some(out) = self.out.get_mut(usize::from(head)) else {
-            debug_assert!(false, "token of another queue");
-            return;
-        };
-        let epoch = std::mem::replace(out, 0);
+    /// A chain is out no more. False: it was not, and is not ours to return (a token of a larger
+    /// queue, say).
+    #[inline]
+    fn take_back(&mut self, head: u16) -> bool {
+        let out = self.out.get_mut(usize::from(head));
+        let epoch = out.map_or(0, |out| std::mem::replace(out, 0));
         if epoch == 0 {
             debug_assert!(false, "token of another queue");
-            return;
+            return false;
         }
         self.out_count -= 1;
         if epoch != self.epoch {
             self.release(epoch);
+        }
+        true
+    }
+
+    /// Undoes the last [`Self::pop`]: the chain is the next to be popped again.
+    pub fn unpop(&mut self, token: ChainToken) {
+        let head = token.head;
+        if !self.take_back(head) {
+            return;
         }
         if self.inflight.is_some() {
             // The region has it as ours already; it is popped from there.
@@ -440,19 +447,8 @@ impl Virtqueue {
     #[inline]
     pub fn add_used(&mut self, token: ChainToken, written: u32) {
         let head = token.head;
-        let Some(out) = self.out.get_mut(usize::from(head)) else {
-            // A token of a larger queue: its chain is not ours to return.
-            debug_assert!(false, "token of another queue");
+        if !self.take_back(head) {
             return;
-        };
-        let epoch = std::mem::replace(out, 0);
-        if epoch == 0 {
-            debug_assert!(false, "token of another queue");
-            return;
-        }
-        self.out_count -= 1;
-        if epoch != self.epoch {
-            self.release(epoch);
         }
         if let Some(inflight) = &mut self.inflight {
             inflight.on_used(head);
