@@ -39,14 +39,16 @@
 //! spent, so that setting the same limits again earns nothing; debt is forgiven.
 //!
 //! Time is a number of nanoseconds that the caller passes in; all users of a limit must count from
-//! the same moment.
+//! the same moment. [`TimedLimit`] and [`TimedGate`] do so by the real clock, for the cards.
 
 mod bucket;
 mod gate;
 mod rates;
+mod timed;
 
 pub use gate::{Gate, Released};
 pub use rates::{BURST_SECONDS, BURST_SECONDS_MAX, Burst, RateError, Rates};
+pub use timed::{TimedGate, TimedLimit};
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -11,15 +11,12 @@
 //! to 256 KiB): a guest's block layer has merged what it wanted to.
 //!
 //! A request that has to wait stays in its queue's backlog as a chain that is out: a frontend that
-//! stops the ring gets it served at once ([`offload::limit::Gate::next_unlimited`]), a card that is
+//! stops the ring gets it served at once ([`TimedGate::next_unlimited`]), a card that is
 //! killed leaves it in the in-flight region for its successor. A new process starts with full
 //! credit.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use offload::limit::{Burst, Cost, Gate, Limit, RateError, Rates, Released};
-use offload::telemetry::{Histogram, Registry};
+use offload::limit::{Burst, Cost, RateError, Rates, TimedGate, TimedLimit};
+use offload::telemetry::Registry;
 use offload::worker::Waker;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -79,42 +76,8 @@ impl From<Wire> for Rates {
 }
 
 /// The limits of a volume. Clones are the same limits: one for all queues of all sockets.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    limit: Arc<Limit>,
-    clock: Clock,
-    waited: Arc<Histogram>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Clock {
-    start: Instant,
-}
-
-impl Clock {
-    fn now(self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
-    }
-
-    fn instant(self, now: u64) -> Instant {
-        // No further ahead than a day, which every clock can count: a thread that wakes early
-        // looks again.
-        let ahead = now.saturating_sub(self.now()).min(86_400_000_000_000);
-        Instant::now() + Duration::from_nanos(ahead)
-    }
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            limit: Arc::default(),
-            clock: Clock {
-                start: Instant::now(),
-            },
-            waited: Arc::default(),
-        }
-    }
-}
+#[derive(Clone, Debug, Default)]
+pub struct Limits(TimedLimit);
 
 impl Limits {
     /// Limits from the start.
@@ -129,7 +92,7 @@ impl Limits {
 
     /// What is in force.
     pub fn rates(&self) -> Rates {
-        self.limit.rates()
+        self.0.rates()
     }
 
     /// Changes all of them at once, also for requests that wait.
@@ -139,7 +102,7 @@ impl Limits {
     pub fn set(&self, rates: Rates) -> Result<(), LimitsError> {
         match rates.bytes {
             Some(slow) if (1..BLOCK_LEN as u64).contains(&slow) => Err(LimitsError::TooSlow(slow)),
-            _ => Ok(self.limit.set(rates, self.clock.now())?),
+            _ => Ok(self.0.set(rates)?),
         }
     }
 
@@ -149,18 +112,14 @@ impl Limits {
             "throttled",
             "How long requests waited for the volume's limits, if they did",
             vec![],
-            Arc::clone(&self.waited),
+            self.0.waited(),
         );
     }
 
     /// The gate of a queue, which `waker` wakes.
-    pub(super) fn gate<T>(&self, waker: Waker) -> QueueGate<T> {
-        self.limit.watch(move || waker.wake());
-        QueueGate {
-            gate: Gate::new(Arc::clone(&self.limit)),
-            clock: self.clock,
-            waited: Arc::clone(&self.waited),
-        }
+    pub(super) fn gate<T>(&self, waker: Waker) -> TimedGate<T> {
+        self.0.watch(move || waker.wake());
+        self.0.gate()
     }
 }
 
@@ -173,58 +132,6 @@ pub(super) fn cost(request: &Request, is_read_only: bool) -> Option<Cost> {
         Request::Flush if is_read_only => None,
         Request::Flush => cost(1, 0),
         Request::Discard { ranges } | Request::WriteZeroes { ranges } => cost(ranges as u64, 0),
-    }
-}
-
-/// The requests of one queue that wait for the limits.
-#[derive(Debug)]
-pub(super) struct QueueGate<T> {
-    gate: Gate<T>,
-    clock: Clock,
-    waited: Arc<Histogram>,
-}
-
-impl<T> QueueGate<T> {
-    /// Nothing is limited and nothing waits.
-    #[inline]
-    pub(super) fn is_open(&self) -> bool {
-        self.gate.is_open()
-    }
-
-    /// Gives a request back if it may start now, else keeps it.
-    pub(super) fn offer(&mut self, item: T, cost: Cost) -> Option<T> {
-        self.gate.offer(item, cost, self.clock.now())
-    }
-
-    /// The next request whose time has come.
-    #[inline]
-    pub(super) fn next(&mut self) -> Option<T> {
-        if self.gate.is_empty() {
-            return None;
-        }
-        let next = self.gate.next(self.clock.now());
-        next.map(|released| self.told(released))
-    }
-
-    /// The next request that waits, whether its time has come or not.
-    pub(super) fn next_unlimited(&mut self) -> Option<T> {
-        let next = self.gate.next_unlimited(self.clock.now());
-        next.map(|released| self.told(released))
-    }
-
-    fn told(&self, released: Released<T>) -> T {
-        self.waited.record_ns(released.waited);
-        released.item
-    }
-
-    /// When [`QueueGate::next`] is to be asked again.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.gate.deadline().map(|at| self.clock.instant(at))
-    }
-
-    /// Requests that wait.
-    pub(super) fn len(&self) -> usize {
-        self.gate.len()
     }
 }
 

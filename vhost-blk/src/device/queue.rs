@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use offload::device::{Chain, ChainToken, QueueHandler, Segments};
+use offload::limit::TimedGate;
 use offload::telemetry::{ErrorKind, Histogram, QueueStats};
 use offload::worker::QueueIo;
 use slab::Slab;
@@ -25,7 +26,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::config::RANGES_MAX;
 use super::driver::{Driver, Started};
-use super::limits::{QueueGate, cost};
+use super::limits::cost;
 use super::payload::{GuestPayload, View, gather};
 use super::request::{HEADER_LEN, RANGE_LEN, Refusal, Request, Shape, Status, parse, range, shape};
 use super::{QueueTerms, State};
@@ -84,7 +85,7 @@ pub struct BlockQueue {
     state: Arc<State>,
     stats: Arc<QueueStats>,
     latencies: Arc<Latencies>,
-    gate: QueueGate<Waiting>,
+    gate: TimedGate<Waiting>,
     lane: Lane<GuestPayload>,
     driver: Driver,
     held: Slab<Held>,
@@ -96,7 +97,7 @@ impl BlockQueue {
         state: Arc<State>,
         stats: Arc<QueueStats>,
         latencies: Arc<Latencies>,
-        gate: QueueGate<Waiting>,
+        gate: TimedGate<Waiting>,
         lane: Lane<GuestPayload>,
         driver: Driver,
     ) -> Self {

@@ -14,13 +14,12 @@
 //! header is read once more for the price; a guest that changes it in between is charged for what
 //! it said first and sends at most as many bytes.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use offload::device::Chain;
-use offload::limit::{Burst, Cost, Gate, Limit, RateError, Rates, Released};
+use offload::limit::{Burst, Cost, RateError, Rates, TimedGate, TimedLimit};
 use offload::memory::GuestMemory;
-use offload::telemetry::{Histogram, Registry};
+use offload::telemetry::Registry;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -94,46 +93,11 @@ impl From<Rates> for DirectionSpec {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Clock {
-    start: Instant,
-}
-
-impl Clock {
-    fn now(self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
-    }
-
-    fn instant(self, at: u64) -> Instant {
-        // No further ahead than a day, which every clock can count: a thread that wakes early
-        // looks again.
-        let ahead = at.saturating_sub(self.now()).min(86_400_000_000_000);
-        Instant::now() + Duration::from_nanos(ahead)
-    }
-}
-
 /// The limits of an interface, shared by its queue pairs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Limits {
-    rx: Arc<Limit>,
-    tx: Arc<Limit>,
-    clock: Clock,
-    rx_waited: Arc<Histogram>,
-    tx_waited: Arc<Histogram>,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            rx: Arc::default(),
-            tx: Arc::default(),
-            clock: Clock {
-                start: Instant::now(),
-            },
-            rx_waited: Arc::default(),
-            tx_waited: Arc::default(),
-        }
-    }
+    rx: TimedLimit,
+    tx: TimedLimit,
 }
 
 impl Limits {
@@ -152,40 +116,33 @@ impl Limits {
     /// They cannot be kept; nothing has changed.
     pub fn set(&self, spec: LimitsSpec) -> Result<(), LimitsError> {
         let (rx, tx) = (spec.rx.rates()?, spec.tx.rates()?);
-        let now = self.clock.now();
-        self.rx.set(rx, now)?;
-        self.tx.set(tx, now)?;
+        self.rx.set(rx)?;
+        self.tx.set(tx)?;
         Ok(())
     }
 
     /// Shows how many frames waited, and for how long.
     pub fn register(&self, registry: &Registry) {
-        for (direction, waited) in [("rx", &self.rx_waited), ("tx", &self.tx_waited)] {
+        for (direction, limit) in [("rx", &self.rx), ("tx", &self.tx)] {
             registry.histogram(
                 "throttled",
                 "How long frames waited for the interface's limits, if they did",
                 vec![("direction", direction.to_owned())],
-                Arc::clone(waited),
+                limit.waited(),
             );
         }
     }
 
-    /// One pair's frames from the guest.
-    pub(super) fn tx_gate(&self) -> TxGate {
-        TxGate {
-            gate: Gate::new(Arc::clone(&self.tx)),
-            clock: self.clock,
-            waited: Arc::clone(&self.tx_waited),
-        }
+    /// One pair's frames from the guest: see [`offer`].
+    pub(super) fn tx_gate(&self) -> TimedGate<Chain> {
+        self.tx.gate()
     }
 
     /// One pair's frames to the guest.
     pub(super) fn rx_gate(&self) -> RxGate {
         RxGate {
-            gate: Gate::new(Arc::clone(&self.rx)),
+            gate: self.rx.gate(),
             is_paid: false,
-            clock: self.clock,
-            waited: Arc::clone(&self.rx_waited),
         }
     }
 }
@@ -218,71 +175,28 @@ fn chain_cost(chain: &Chain, memory: &GuestMemory, header_len: usize) -> Cost {
     cost(&header, len.saturating_sub(header_len))
 }
 
-/// The chains of one pair that wait for the limits.
-#[derive(Debug)]
-pub(super) struct TxGate {
-    gate: Gate<Chain>,
-    clock: Clock,
-    waited: Arc<Histogram>,
-}
-
-impl TxGate {
-    /// Gives a chain back if it may go now, else keeps it.
-    #[inline]
-    pub(super) fn offer(
-        &mut self,
-        chain: Chain,
-        memory: &GuestMemory,
-        header_len: usize,
-    ) -> Option<Chain> {
-        if self.gate.is_open() {
-            return Some(chain);
-        }
-        let cost = chain_cost(&chain, memory, header_len);
-        self.gate.offer(chain, cost, self.clock.now())
+/// Gives a frame of the guest's back if it may go now, else keeps it.
+#[inline]
+pub(super) fn offer(
+    gate: &mut TimedGate<Chain>,
+    chain: Chain,
+    memory: &GuestMemory,
+    header_len: usize,
+) -> Option<Chain> {
+    if gate.is_open() {
+        return Some(chain);
     }
-
-    /// The next chain whose time has come.
-    #[inline]
-    pub(super) fn next(&mut self) -> Option<Chain> {
-        if self.gate.is_empty() {
-            return None;
-        }
-        let next = self.gate.next(self.clock.now());
-        next.map(|released| self.told(released))
-    }
-
-    /// The next chain, whether its time has come or not.
-    pub(super) fn next_unlimited(&mut self) -> Option<Chain> {
-        let next = self.gate.next_unlimited(self.clock.now());
-        next.map(|released| self.told(released))
-    }
-
-    fn told(&self, released: Released<Chain>) -> Chain {
-        self.waited.record_ns(released.waited);
-        released.item
-    }
-
-    /// When [`Self::next`] is to be asked again.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.gate.deadline().map(|at| self.clock.instant(at))
-    }
-
-    /// Chains that wait.
-    pub(super) fn len(&self) -> usize {
-        self.gate.len()
-    }
+    let cost = chain_cost(&chain, memory, header_len);
+    gate.offer(chain, cost)
 }
 
 /// The turn of the frame that is the next to go to the guest. The frame itself waits elsewhere, as
 /// it may have to wait for buffers, too.
 #[derive(Debug)]
 pub(super) struct RxGate {
-    gate: Gate<()>,
+    gate: TimedGate<()>,
     /// Its turn has come, and it waits for buffers.
     is_paid: bool,
-    clock: Clock,
-    waited: Arc<Histogram>,
 }
 
 impl RxGate {
@@ -292,14 +206,10 @@ impl RxGate {
         if self.is_paid || self.gate.is_open() {
             return true;
         }
-        let now = self.clock.now();
         self.is_paid = if self.gate.is_empty() {
-            self.gate.offer((), cost(header, len), now).is_some()
-        } else if let Some(released) = self.gate.next(now) {
-            self.waited.record_ns(released.waited);
-            true
+            self.gate.offer((), cost(header, len)).is_some()
         } else {
-            false
+            self.gate.next().is_some()
         };
         self.is_paid
     }
@@ -312,7 +222,7 @@ impl RxGate {
 
     /// When [`Self::may_send`] is to be asked again.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.gate.deadline().map(|at| self.clock.instant(at))
+        self.gate.deadline()
     }
 }
 
@@ -321,6 +231,8 @@ mod pair_tests;
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn segment(gso_size: u16, hdr_len: u16) -> NetHeader {

@@ -12,10 +12,11 @@ use std::time::Instant;
 
 use io_uring::{opcode, types};
 use offload::device::{Chain, QueueHandler};
+use offload::limit::TimedGate;
 use offload::telemetry::{ErrorKind, QueueStats};
 use offload::worker::QueueIo;
 
-use super::limits::{RxGate, TxGate};
+use super::limits::{RxGate, offer};
 use super::rings::{RxWire, Waiting, gather};
 use super::{Negotiated, Shared};
 use crate::card::Card;
@@ -48,7 +49,7 @@ pub struct Pair {
     host: HostSockets,
     waiting: Waiting,
     rx_gate: RxGate,
-    tx_gate: TxGate,
+    tx_gate: TimedGate<Chain>,
     buffer: Box<[u8]>,
     happened: Vec<Happened>,
     /// Sockets may have events that were not taken yet.
@@ -245,7 +246,7 @@ impl QueueHandler for Pair {
         self.now = Instant::now();
         self.follow_session();
         let header_len = self.negotiated.header_len;
-        if let Some(chain) = self.tx_gate.offer(chain, io.memory(), header_len) {
+        if let Some(chain) = offer(&mut self.tx_gate, chain, io.memory(), header_len) {
             self.transmit(chain, io);
         }
     }
