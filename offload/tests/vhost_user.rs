@@ -3,12 +3,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use offload::cli::Listener;
 use offload::device::{Chain, Device, DeviceError, QueueHandler};
 use offload::inflight::SharedRegion;
 use offload::stop::StopSignal;
@@ -102,14 +103,14 @@ impl Card {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("card.sock");
-        let listener = UnixListener::bind(&path).unwrap();
+        let listener = Listener::bind(&path, 0o600).unwrap();
         let stats: Vec<_> = (0..2).map(|_| Arc::new(QueueStats::new())).collect();
         let device = Arc::new(Counting::default());
         let backend = Arc::new(Backend::new(device, &stats).unwrap());
         let stop = StopSignal::new().unwrap();
         let serving = std::thread::spawn({
             let (backend, stop) = (Arc::clone(&backend), stop.clone());
-            move || backend.serve(&listener, &stop)
+            move || backend.serve(listener, &stop)
         });
         Self {
             _dir: dir,

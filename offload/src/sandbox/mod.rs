@@ -31,7 +31,7 @@ mod seccomp;
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use self::landlock::FileRules;
 pub use self::landlock::LandlockLevel;
@@ -171,6 +171,16 @@ impl SandboxBuilder {
     pub fn remove_in(mut self, directory: impl Into<PathBuf>) -> Self {
         self.files.remove.push(directory.into());
         self
+    }
+
+    /// Lets the file at `path`, a socket's own, be removed in the end. What is asked for is its
+    /// folder: see [`Self::remove_in`].
+    pub fn remove_file(self, path: &Path) -> Self {
+        match path.parent() {
+            Some(folder) if folder.as_os_str().is_empty() => self.remove_in("."),
+            Some(folder) => self.remove_in(folder),
+            None => self,
+        }
     }
 
     /// Fails when the kernel cannot enforce all Landlock rules.

@@ -1,12 +1,10 @@
 //! A card's vhost-user server: the queue threads, and one frontend after the other.
 
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
 use thiserror::Error;
 use tracing::{info, warn};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -17,6 +15,7 @@ use super::connection::{Connection, End, Queue, RequestError};
 use super::message::CONFIG_SPACE_LEN;
 use super::protocol::{F_PROTOCOL_FEATURES, Offer, Protocol};
 use super::socket::Socket;
+use crate::cli::Listener;
 use crate::device::Device;
 use crate::stop::StopSignal;
 use crate::telemetry::{QueueStats, RateLimited, shown};
@@ -32,9 +31,6 @@ const QUEUES_MAX: u16 = 256;
 /// How many lines a frontend may cause at once, and how often after that.
 const LOG_BURST: u32 = 20;
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
-
-/// After an accept that failed for want of a resource.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Why a backend cannot be made, or cannot go on.
 #[derive(Debug, Error)]
@@ -96,13 +92,16 @@ impl<D: Device> Backend<D> {
         Ok(Self { inner })
     }
 
-    /// Serves frontends that connect to `listener`, one at a time, until the stop. Others wait in
-    /// the backlog.
+    /// Serves frontends that come from `listener`, one at a time, until the stop or until there
+    /// are no more. Others wait in the backlog. The socket's file is removed in the end.
     ///
     /// # Errors
     /// The listener is unusable, or a queue's thread died. What frontends do is no error.
-    pub fn serve(&self, listener: &UnixListener, stop: &StopSignal) -> Result<(), BackendError> {
-        self.inner.serve(listener, stop)
+    pub fn serve(&self, mut listener: Listener, stop: &StopSignal) -> Result<(), BackendError> {
+        while let Some(stream) = listener.accept(stop).map_err(BackendError::Socket)? {
+            self.serve_connected(stream, stop)?;
+        }
+        Ok(())
     }
 
     /// Serves one frontend that is connected already (`--fd`) until it leaves or the stop.
@@ -167,32 +166,6 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
         self.notifier.clone()
     }
 
-    pub(super) fn serve(
-        &self,
-        listener: &UnixListener,
-        stop: &StopSignal,
-    ) -> Result<(), BackendError> {
-        listener
-            .set_nonblocking(true)
-            .map_err(BackendError::Socket)?;
-        while !stop.is_stopped() {
-            match listener.accept() {
-                Ok((stream, _)) => self.serve_connected(stream, stop)?,
-                Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => wait(listener, stop)?,
-                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                    // Out of descriptors or memory: the frontend waits in the backlog until
-                    // there are some.
-                    _ if is_shortage(&error) => {
-                        let _stopped = stop.wait(Some(ACCEPT_PAUSE));
-                    }
-                    _ => return Err(BackendError::Socket(error)),
-                },
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn serve_connected(
         &self,
         stream: UnixStream,
@@ -255,24 +228,6 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
         }
         Ok(())
     }
-}
-
-fn wait(listener: &UnixListener, stop: &StopSignal) -> Result<(), BackendError> {
-    let mut fds = [
-        PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-        PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
-    ];
-    match poll(&mut fds, None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(errno) => Err(BackendError::Socket(errno.into())),
-    }
-}
-
-fn is_shortage(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM]
-        .iter()
-        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// An error and its causes in one line.

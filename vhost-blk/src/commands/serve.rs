@@ -19,7 +19,7 @@ use offload::control::{ControlError, ControlServer};
 use offload::sandbox::Sandbox;
 use offload::stop::StopSignal;
 use offload::telemetry::Registry;
-use offload::vhost_user::Backend;
+use offload::vhost_user::{Backend, BackendError};
 use serde_json::{Value, json};
 
 use super::open::{ephemeral, id_text, serial_text, volume_with};
@@ -259,14 +259,9 @@ fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbo
     }
     // The sockets' own files are removed in the end.
     let paths = args.socket.socket_path.iter().chain(&args.control_socket);
-    for folder in paths.map(|path| path.parent()) {
-        builder = match folder {
-            Some(folder) if folder.as_os_str().is_empty() => builder.remove_in("."),
-            Some(folder) => builder.remove_in(folder),
-            None => builder,
-        };
-    }
-    builder.apply()
+    paths
+        .fold(builder, |builder, path| builder.remove_file(path))
+        .apply()
 }
 
 /// The end of one socket, for whatever reason, ends all.
@@ -283,7 +278,7 @@ fn serve_all(
     backends: &[Backend<BlockDevice>],
     listeners: Vec<Listener>,
     stop: &StopSignal,
-) -> anyhow::Result<()> {
+) -> Result<(), BackendError> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = backends
             .iter()
@@ -291,7 +286,7 @@ fn serve_all(
             .map(|(backend, listener)| {
                 scope.spawn(move || {
                     let _ends_all = EndsAll(stop);
-                    serve(backend, listener, stop)
+                    backend.serve(listener, stop)
                 })
             })
             .collect();
@@ -303,18 +298,4 @@ fn serve_all(
         }
         all
     })
-}
-
-fn serve(
-    backend: &Backend<BlockDevice>,
-    mut listener: Listener,
-    stop: &StopSignal,
-) -> anyhow::Result<()> {
-    while let Some(stream) = listener
-        .accept(stop)
-        .context("cannot accept frontends on the vhost-user socket")?
-    {
-        backend.serve_connected(stream, stop)?;
-    }
-    Ok(())
 }

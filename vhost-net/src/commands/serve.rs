@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use offload::cli::Listener;
 use offload::control::{ControlError, ControlServer};
 use offload::sandbox::Sandbox;
 use offload::stop::StopSignal;
@@ -83,11 +82,11 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let flow_log = flow_log.map(FlowFile::spawn).transpose()?;
     let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
     tracing::info!("serving {}", describe(&device));
-    let served = serve(&backend, listener, &stop);
+    let served = backend.serve(listener, &stop);
     drop(backend);
     drop(flow_log);
     drop(control);
-    served
+    Ok(served?)
 }
 
 /// What services and policy are told, from the files that the command line names.
@@ -234,26 +233,7 @@ fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbo
     }
     // The sockets' own files are removed in the end.
     let paths = args.socket.socket_path.iter().chain(&args.control_socket);
-    for folder in paths.map(|path| path.parent()) {
-        builder = match folder {
-            Some(folder) if folder.as_os_str().is_empty() => builder.remove_in("."),
-            Some(folder) => builder.remove_in(folder),
-            None => builder,
-        };
-    }
-    builder.apply()
-}
-
-fn serve(
-    backend: &Backend<NetDevice>,
-    mut listener: Listener,
-    stop: &StopSignal,
-) -> anyhow::Result<()> {
-    while let Some(stream) = listener
-        .accept(stop)
-        .context("cannot accept frontends on the vhost-user socket")?
-    {
-        backend.serve_connected(stream, stop)?;
-    }
-    Ok(())
+    paths
+        .fold(builder, |builder, path| builder.remove_file(path))
+        .apply()
 }
