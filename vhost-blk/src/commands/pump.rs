@@ -89,7 +89,7 @@ impl Pump {
             self.lane.turn();
             let mut has_moved = false;
             while let Some(op) = self.lane.next_io() {
-                match self.driver.start(op) {
+                match self.driver.start(op, self.lane.has_io()) {
                     Started::Entry(entry, user_data) => {
                         self.backlog.push_back(entry.user_data(user_data));
                     }

@@ -7,7 +7,9 @@
 //! nothing, but these file systems do not tell io_uring so (no `FMODE_NOWAIT`), which then hands each
 //! transfer to a thread of its own: two switches for a copy of a microsecond. There
 //! [`Driver::start`] transfers at once. What may take longer, making room and giving it back, goes
-//! to io_uring all the same.
+//! to io_uring all the same. So do long transfers of which there are several: while the kernel's
+//! thread copies one, this one seals or opens another (128 KiB reads at depth 16: 1.2 times as many,
+//! writes 1.3 times; before that, a third of this thread's time was the copy).
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -22,6 +24,12 @@ use crate::volume::engine::{Io, IoKind};
 
 const FALLOC_FL_KEEP_SIZE: i32 = 1;
 const FALLOC_FL_PUNCH_HOLE: i32 = 2;
+
+/// A read in memory of so many bytes is long enough for a thread of its own.
+const LONG_READ: usize = 32 << 10;
+/// So is a write of more than this: more than a whole queue of small writes that leaves as one, for
+/// which the guest waits.
+const LONG_WRITE: usize = 128 << 10;
 
 /// What became of an operation.
 pub enum Started {
@@ -50,18 +58,21 @@ impl Driver {
         }
     }
 
-    /// Whether transfers are done when they are started.
+    /// Whether short transfers are done when they are started.
     pub fn is_immediate(&self) -> bool {
         self.backing.is_memory()
     }
 
-    /// Takes an operation over, and carries it out if that is but a copy.
+    /// Takes an operation over, and carries it out if that is but a copy. `has_next`: there is
+    /// another to start right after it.
     ///
     /// The entry points into a buffer that this driver owns until [`Driver::finish`], and at a
     /// descriptor that is open as long as the driver lives: whoever submits it must finish it, or
     /// see that the driver is never dropped.
-    pub fn start(&mut self, mut io: Io) -> Started {
+    pub fn start(&mut self, mut io: Io, has_next: bool) -> Started {
+        let has_others = has_next || self.count > 0;
         if self.is_immediate()
+            && !(has_others && is_long(&io.kind))
             && let Some(result) = transfer(self.backing.file(), &mut io.kind)
         {
             return Started::Done(io.id, result, io.kind.into_buffer());
@@ -137,6 +148,15 @@ impl Driver {
     }
 }
 
+/// Whether it is worth a switch to another thread.
+fn is_long(kind: &IoKind) -> bool {
+    match kind {
+        IoKind::Read { skip, buffer, .. } => buffer.len().saturating_sub(*skip) >= LONG_READ,
+        IoKind::Write { skip, buffer, .. } => buffer.len().saturating_sub(*skip) > LONG_WRITE,
+        _ => false,
+    }
+}
+
 /// Reads, writes or syncs now: bytes moved or the negated errno. `None`: it is none of these.
 fn transfer(file: &File, kind: &mut IoKind) -> Option<i32> {
     let moved = match kind {
@@ -191,7 +211,7 @@ mod tests {
             eprintln!("no tmpfs at /dev/shm: not tested");
             return;
         };
-        let mut start = |id, kind| driver.start(Io { id, kind });
+        let mut start = |id, kind| driver.start(Io { id, kind }, true);
         let buffer = Buffer::copy_of(&[7; 8192]);
         let write = IoKind::Write {
             offset: 4096,
@@ -221,5 +241,34 @@ mod tests {
             driver.finish(8, 0).map(|(id, result, _)| (id, result)),
             Some((8, 0))
         );
+    }
+
+    #[test]
+    fn in_memory_long_transfers_go_side_by_side_and_a_lone_one_is_done_at_once() {
+        let Some((_folder, mut driver)) = driver_on("/dev/shm").filter(|(_, d)| d.is_immediate())
+        else {
+            eprintln!("no tmpfs at /dev/shm: not tested");
+            return;
+        };
+        let long = || IoKind::Read {
+            offset: 0,
+            skip: 0,
+            buffer: Buffer::zeroed(LONG_READ / 4096),
+        };
+        let mut start = |id, has_next| {
+            let kind = long();
+            driver.start(Io { id, kind }, has_next)
+        };
+        assert!(matches!(start(1, false), Started::Done(1, ..)), "alone");
+        assert!(matches!(start(1, true), Started::Entry(_, 1)));
+        assert!(matches!(start(2, false), Started::Entry(_, 2)));
+        for id in [1, 2] {
+            driver.finish(id, 0).expect("is under way");
+        }
+        let alone = Io {
+            id: 1,
+            kind: long(),
+        };
+        assert!(matches!(driver.start(alone, false), Started::Done(1, ..)));
     }
 }

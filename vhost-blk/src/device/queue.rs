@@ -121,7 +121,7 @@ impl BlockQueue {
         while moved < WORK_BLOCKS
             && let Some(op) = self.lane.next_io()
         {
-            match self.driver.start(op) {
+            match self.driver.start(op, self.lane.has_io()) {
                 Started::Entry(entry, user_data) => {
                     // SAFETY: buffer and descriptor belong to `self.driver`, which gives a buffer
                     // away only in `finish`, on completion; the loop drops a handler only when none

@@ -129,9 +129,10 @@ impl Geometry {
             return Err(GeometryError::VolumeSize(len));
         }
         let blocks = len / BLOCK_LEN as u64;
-        // A record holds 48 bytes a block: 1/512 of the volume lets each block be overwritten
-        // six times between checkpoints; beyond 64 MiB a longer log only makes recovery longer.
-        let log_chunks = (len / 512).div_ceil(CHUNK_LEN).clamp(4, 64);
+        // A checkpoint is due when half of the log is used, and costs two barriers, for which all
+        // else waits. A record holds 48 bytes a block: with 1/64 of the volume two thirds of it are
+        // written between checkpoints. Beyond 64 MiB a longer log only makes recovery longer.
+        let log_chunks = (len / 64).div_ceil(CHUNK_LEN).clamp(4, 64);
         let data = len.div_ceil(CHUNK_LEN);
         // Out-of-place writes need room before the old slots are given back.
         let spare = data * spare.min(SPARE_MAX) / 100 + SPARE_CHUNKS;
