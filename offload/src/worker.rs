@@ -4,7 +4,7 @@
 //!        ┌────────────────────────────── a round ──────────────────────────────┐
 //!        ▼                                                                     │
 //!  completions ──► commands, wake ──► pop ≤ 64 chains ──► round_end ──► publish, one call
-//!  (≤ 512)                            batch_end                          │
+//!  (≤ 4)                              batch_end                          │
 //!                                                                        ▼
 //!                  more to pop, or to do: submit, next round    else: ask for kicks, look again,
 //!                                                                submit and wait (or deadline)
@@ -61,14 +61,16 @@ use crate::memory::GuestMemory;
 use crate::telemetry::QueueStats;
 use crate::virtqueue::{RingError, RingLayout};
 
+mod engine;
 mod patience;
+mod ring;
 mod rounds;
+mod tag;
 mod uring;
 
-use rounds::{Engine, Rounds};
+use engine::Engine;
+use rounds::Rounds;
 
-#[cfg(test)]
-mod group_tests;
 #[cfg(test)]
 mod tests;
 

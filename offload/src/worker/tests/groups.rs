@@ -1,54 +1,10 @@
 //! Several queues on one thread.
 
-use std::time::Duration;
-
-use vm_memory::{Bytes, GuestAddress};
-
 use super::*;
-use crate::device::QueueHandler;
-use crate::inflight::SharedRegion;
-use crate::testing::driver::{Buffer, DriverQueue, EVENT_IDX, GuestRam, VERSION_1};
 
-const PATIENCE: Duration = Duration::from_secs(10);
 /// The queue whose buffers are filled, and the one whose chains say with what.
 const RX: u16 = 0;
 const TX: u16 = 1;
-
-struct Loopback;
-
-impl Device for Loopback {
-    type Queue = Looper;
-
-    fn features(&self) -> u64 {
-        0
-    }
-    fn queue_count(&self) -> u16 {
-        2
-    }
-    fn queue_size_max(&self) -> u16 {
-        256
-    }
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
-    }
-    fn write_config(&self, _: u32, _: &[u8]) -> Result<(), DeviceError> {
-        Err("read-only".into())
-    }
-    fn set_features(&self, _: u64) {}
-    fn start(&self, _: Option<Arc<SharedRegion>>) -> Result<(), DeviceError> {
-        Ok(())
-    }
-    fn stop(&self) {}
-    fn leader(&self, _: u16) -> u16 {
-        RX
-    }
-    fn queue(&self, index: u16, _: Waker) -> Result<Looper, DeviceError> {
-        assert_eq!(index, RX, "the leader's handler serves both");
-        Ok(Looper {
-            waiting: Vec::new(),
-        })
-    }
-}
 
 /// Gives each eight bytes back in two buffers of four.
 struct Looper {
@@ -96,9 +52,19 @@ impl QueueHandler for Looper {
 }
 
 fn spawn() -> (QueueThread, QueueThread) {
+    let make = |index, _: Waker| {
+        assert_eq!(index, RX, "the leader's handler serves both");
+        Ok(Looper {
+            waiting: Vec::new(),
+        })
+    };
+    let device = Queues {
+        leader: |_| RX,
+        ..Queues::new(2, make)
+    };
     let stats = |index| (index, Arc::new(QueueStats::new()));
-    let mut threads =
-        QueueThread::spawn_group(Arc::new(Loopback), vec![stats(RX), stats(TX)]).unwrap();
+    let queues = vec![stats(RX), stats(TX)];
+    let mut threads = QueueThread::spawn_group(Arc::new(device), queues).unwrap();
     let tx = threads.pop().unwrap();
     (threads.pop().unwrap(), tx)
 }
