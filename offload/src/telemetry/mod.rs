@@ -13,12 +13,14 @@
 //! Log lines are for what people must know. A good request writes none, and what a guest or a
 //! frontend can cause goes through a [`RateLimited`].
 
+mod causes;
 mod histogram;
 mod logging;
 mod rate_limit;
 mod registry;
 mod stats;
 
+pub use causes::with_causes;
 pub use histogram::{Histogram, HistogramSnapshot};
 pub use logging::{LOG_ENV, LogArgs, LogFormat, LoggingError, init_logging};
 pub use rate_limit::{RateLimited, shown};

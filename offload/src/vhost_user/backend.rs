@@ -18,7 +18,7 @@ use super::socket::Socket;
 use crate::cli::Listener;
 use crate::device::Device;
 use crate::stop::StopSignal;
-use crate::telemetry::{QueueStats, RateLimited, shown};
+use crate::telemetry::{QueueStats, RateLimited, shown, with_causes};
 use crate::worker::{QueueThread, WorkerError};
 
 /// What the house adds to [`Device::features`].
@@ -192,7 +192,7 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
                     request,
                     suppressed = shown(suppressed),
                     "a frontend's request failed: {}",
-                    chain(error)
+                    with_causes(error)
                 );
             }
         };
@@ -221,27 +221,11 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
                     warn!(
                         suppressed = shown(suppressed),
                         "the frontend is disconnected: {}",
-                        chain(&end)
+                        with_causes(&end)
                     );
                 }
             }
         }
         Ok(())
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let cause = error.to_string();
-        // Transparent errors repeat what is below them.
-        if !text.ends_with(&cause) {
-            text.push_str(": ");
-            text.push_str(&cause);
-        }
-        source = error.source();
-    }
-    text
 }

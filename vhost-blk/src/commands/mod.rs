@@ -27,8 +27,9 @@ mod repair;
 mod resize;
 mod serve;
 
-use std::error::Error;
 use std::process::ExitCode;
+
+use offload::telemetry::with_causes;
 
 use crate::args::Command;
 
@@ -53,24 +54,8 @@ pub fn run(command: Command) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("vhost-blk: {}", chain(error.as_ref()));
+            eprintln!("vhost-blk: {}", with_causes(error.as_ref()));
             ExitCode::from(failure)
         }
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let cause = error.to_string();
-        // Errors that show their source repeat it.
-        if !text.contains(&cause) {
-            text.push_str(": ");
-            text.push_str(&cause);
-        }
-        source = error.source();
-    }
-    text
 }
