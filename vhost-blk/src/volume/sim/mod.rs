@@ -10,6 +10,7 @@
 mod disk;
 mod model;
 mod plan;
+mod rig;
 mod world;
 
 mod attack_tests;

@@ -1,6 +1,6 @@
 //! Where writes go: how they are gathered and what is moved afterwards.
 
-use super::fault_tests::{Rig, volume_on};
+use super::rig::{Rig, volume_on};
 use super::world::small_geometry;
 use crate::volume::engine::{IoKind, Op};
 use crate::volume::geometry::BLOCK_LEN;
