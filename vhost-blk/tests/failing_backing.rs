@@ -13,15 +13,24 @@ use std::time::Duration;
 use common::*;
 use glass::{EAGAIN, EINTR, EIO, ENOSPC, Glass, Kind, Verdict};
 
-/// A volume behind glass. `None`: not on this machine.
-fn behind_glass() -> Option<(Files, Glass)> {
+/// A volume behind glass, the card that serves it, and its guest. `None`: not on this machine.
+fn behind_glass() -> Option<(Files, Glass, Card, Guest)> {
     let files = Files::with_volume("16M");
     let glass = Glass::new(&files.path("volume"), &files.path("glass"))?;
-    Some((files, glass))
+    let card = serve(&files, &glass);
+    let guest = Guest::new(&card);
+    Some((files, glass, card, guest))
 }
 
 fn serve(files: &Files, glass: &Glass) -> Card {
     Card::start(files, glass.path.to_str().unwrap(), &[])
+}
+
+/// The guest leaves, and the card closes a volume that is whole.
+fn ends_well(files: &Files, guest: Guest, card: Card) {
+    drop(guest);
+    card.stop();
+    assert!(files.on_volume("check", &[]).status.success());
 }
 
 fn status(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> u8 {
@@ -30,11 +39,9 @@ fn status(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> u8 {
 
 #[test]
 fn a_failed_barrier_ends_writing_for_good_and_costs_nothing_that_was_acknowledged() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, mut card, mut guest)) = behind_glass() else {
         return;
     };
-    let mut card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     guest.write(0, &pattern(1, 65536));
     guest.flush();
     guest.write(0, &pattern(2, 4096));
@@ -63,18 +70,14 @@ fn a_failed_barrier_ends_writing_for_good_and_costs_nothing_that_was_acknowledge
     assert_eq!(guest.read(64, 4096), pattern(1, 65536)[32768..36864]);
     guest.write(64, &[8; 4096]);
     guest.flush();
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn a_failed_write_fails_alone_and_the_next_one_does_not() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, mut card, mut guest)) = behind_glass() else {
         return;
     };
-    let mut card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     guest.write(0, &pattern(1, 65536));
     glass.judge(|kind, _, _| match kind {
         Kind::Write => Verdict::Fail(EIO),
@@ -87,18 +90,14 @@ fn a_failed_write_fails_alone_and_the_next_one_does_not() {
     guest.write(0, &[7; 8192]);
     guest.flush();
     assert_eq!(guest.read(0, 8192), [7; 8192]);
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn a_log_that_cannot_be_written_fails_the_flush_and_all_writing_behind_it() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, mut card, mut guest)) = behind_glass() else {
         return;
     };
-    let mut card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     guest.write(0, &pattern(1, 65536));
     guest.flush();
     guest.write(0, &[3; 4096]);
@@ -117,18 +116,14 @@ fn a_log_that_cannot_be_written_fails_the_flush_and_all_writing_behind_it() {
     guest.reconnect(&card);
     assert_eq!(guest.read(0, 4096), [3; 4096]);
     assert_eq!(guest.read(8, 4096), pattern(1, 65536)[4096..8192]);
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn a_backing_without_room_refuses_new_blocks_until_there_is_room_again() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, mut card, mut guest)) = behind_glass() else {
         return;
     };
-    let mut card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     guest.write(0, &pattern(1, 65536));
     guest.flush();
     // Data and map pages lie behind the log.
@@ -149,18 +144,14 @@ fn a_backing_without_room_refuses_new_blocks_until_there_is_room_again() {
     guest.write(1024, &[8; 4096]);
     guest.flush();
     assert_eq!(guest.read(1024, 4096), [8; 4096]);
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn a_sector_that_cannot_be_read_fails_its_request_and_no_other() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, mut card, mut guest)) = behind_glass() else {
         return;
     };
-    let mut card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     let places: Arc<Mutex<Vec<u64>>> = Arc::default();
     let seen = Arc::clone(&places);
     glass.judge(move |kind, offset, _| {
@@ -183,18 +174,14 @@ fn a_sector_that_cannot_be_read_fails_its_request_and_no_other() {
     assert_eq!(status(&mut guest, OUT, 0, &[5; 512]), IOERR);
     guest.write(0, &[6; 4096]);
     assert_eq!(guest.read(0, 4096), [6; 4096]);
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn short_interrupted_and_put_off_operations_are_gone_on_with_unseen() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, card, mut guest)) = behind_glass() else {
         return;
     };
-    let card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     let odd = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&odd);
     // Never twice in a row for one kind: patience with a device ends somewhere.
@@ -228,18 +215,14 @@ fn short_interrupted_and_put_off_operations_are_gone_on_with_unseen() {
     assert!(odd.load(Ordering::Relaxed) > 20);
     glass.heal();
     assert!(!card.log().contains("failed"), "{}", card.log());
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn a_barrier_that_is_interrupted_again_and_again_is_not_given_up_soon() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, card, mut guest)) = behind_glass() else {
         return;
     };
-    let card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     let mut left = 60;
     glass.judge(move |kind, _, _| match kind {
         Kind::Sync if left > 0 => {
@@ -252,18 +235,14 @@ fn a_barrier_that_is_interrupted_again_and_again_is_not_given_up_soon() {
     guest.flush();
     guest.write(0, &[6; 4096]);
     guest.flush();
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 #[test]
 fn a_close_whose_last_checkpoint_fails_says_so_and_the_next_opening_recovers() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, mut card, mut guest)) = behind_glass() else {
         return;
     };
-    let mut card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     guest.write(0, &pattern(4, 65536));
     guest.flush();
     // Both superblock copies.
@@ -281,20 +260,16 @@ fn a_close_whose_last_checkpoint_fails_says_so_and_the_next_opening_recovers() {
     let card = serve(&files, &glass);
     let mut guest = Guest::new(&card);
     assert_eq!(guest.read(0, 65536), pattern(4, 65536));
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
 
 /// The kernel may still write for a process that is dead. Whoever opened the volume in the meantime
 /// would find it changed under its feet.
 #[test]
 fn a_volume_is_not_opened_while_a_write_of_a_killed_card_may_still_land() {
-    let Some((files, glass)) = behind_glass() else {
+    let Some((files, glass, card, mut guest)) = behind_glass() else {
         return;
     };
-    let card = serve(&files, &glass);
-    let mut guest = Guest::new(&card);
     guest.write(0, &[1; 4096]);
     guest.flush();
     glass.judge(|kind, _, _| match kind {
@@ -332,7 +307,5 @@ fn a_volume_is_not_opened_while_a_write_of_a_killed_card_may_still_land() {
     guest.reconnect(&card);
     assert_eq!(guest.wait(&late).status, OK);
     assert_eq!(guest.read(0, 4096), [2; 4096]);
-    drop(guest);
-    card.stop();
-    assert!(files.on_volume("check", &[]).status.success());
+    ends_well(&files, guest, card);
 }
