@@ -112,6 +112,10 @@ impl<T> TimedGate<T> {
 
     /// The next request whose time has come.
     #[inline]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "what gives nothing now may give something later, so it is no iterator"
+    )]
     pub fn next(&mut self) -> Option<T> {
         if self.gate.is_empty() {
             return None;
