@@ -270,15 +270,16 @@ pub struct CheckArgs {
 
 /// `compact`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("target").required(true).args(["control_socket", "volume"]))]
 pub struct CompactArgs {
     /// The key of a volume that is not being served.
     #[command(flatten)]
     pub key: OptionalKeyArgs,
     /// The control socket of the card that serves the volume
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["volume", "key_file", "passphrase_file"])]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["key_file", "passphrase_file"])]
     pub control_socket: Option<PathBuf>,
     /// File or block device that holds the volume
-    #[arg(value_name = "VOLUME", required_unless_present = "control_socket")]
+    #[arg(value_name = "VOLUME")]
     pub volume: Option<PathBuf>,
 }
 
@@ -401,6 +402,17 @@ mod tests {
         assert!(parse("resize --size 2G --key-file k").is_err());
         assert!(parse("resize --volume v --control-socket s --size 2G").is_err());
         assert!(parse("resize --control-socket s --force --size 2G").is_err());
+    }
+
+    #[test]
+    fn compact_takes_a_volume_or_a_card() {
+        assert!(parse("compact --key-file k v").is_ok());
+        assert!(parse("compact --control-socket s").is_ok());
+        assert!(parse("compact --control-socket s v").is_err());
+        assert!(parse("compact --control-socket s --key-file k").is_err());
+        let error = parse("compact").unwrap_err();
+        let both = ["--control-socket <PATH>", "VOLUME"];
+        assert!(both.iter().all(|one| error.contains(one)), "{error}");
     }
 
     #[test]

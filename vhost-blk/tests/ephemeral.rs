@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod loops;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
 use common::*;
+use loops::Loop;
 
 const MIB: u64 = 1 << 20;
 
@@ -103,40 +105,19 @@ fn a_guest_that_outlives_its_card_is_told_so_and_never_shown_an_empty_disk() {
     card.stop();
 }
 
-/// A loop device over a file of its own; needs root.
-struct Loop(String);
+const DISK_LEN: u64 = 160 * MIB;
 
-impl Loop {
-    fn new(files: &Files) -> Self {
-        let path = files.path("disk");
-        File::create(&path).unwrap().set_len(160 * MIB).unwrap();
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(&path)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
-        Self(stdout(&output).trim().to_owned())
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let file = File::open(&self.0).unwrap();
-        let mut bytes = vec![0; 160 << 20];
-        file.read_exact_at(&mut bytes, 0).unwrap();
-        bytes
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
+fn bytes(device: &Loop) -> Vec<u8> {
+    let mut bytes = vec![0; DISK_LEN as usize];
+    let file = File::open(&device.0).unwrap();
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
 }
 
 #[test]
 fn what_a_killed_card_leaves_on_a_device_has_no_key_and_shows_nothing() {
     let files = Files::new();
-    let device = Loop::new(&files);
+    let device = Loop::new(&files, "disk", DISK_LEN, &[]);
     let secret = pattern(77, 64);
     let card = serve(&files, &device.0);
     let mut guest = Guest::new(&card);
@@ -145,7 +126,7 @@ fn what_a_killed_card_leaves_on_a_device_has_no_key_and_shows_nothing() {
     card.kill();
     drop(guest);
 
-    let left = device.bytes();
+    let left = bytes(&device);
     assert_eq!(left[..8], *b"OFFLDVOL");
     for copy in [0, 1 << 20] {
         let slots = &left[copy + 512..copy + 2560];
@@ -169,13 +150,13 @@ fn what_a_killed_card_leaves_on_a_device_has_no_key_and_shows_nothing() {
     guest.write(2048, &secret.repeat(1024));
     drop(guest);
     card.stop();
-    assert!(device.bytes().iter().all(|byte| *byte == 0));
+    assert!(bytes(&device).iter().all(|byte| *byte == 0));
 }
 
 #[test]
 fn an_ephemeral_volume_takes_nothing_that_is_somebodys() {
     let files = Files::with_volume("16M");
-    let device = Loop::new(&files);
+    let device = Loop::new(&files, "disk", DISK_LEN, &[]);
     let (key, volume) = (files.text("key"), files.text("volume"));
     succeeds(&["create", "--size", "16M", "--key-file", &key, &device.0]);
     let before = std::fs::read(files.path("volume")).unwrap();

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod loops;
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
 
 use common::*;
+use loops::Loop;
 use offload::control::{ClientError, ControlClient, ControlErrorKind};
 use serde_json::json;
 
@@ -262,42 +264,10 @@ fn other_users_are_refused_by_their_credentials_even_if_the_socket_is_open_to_th
     card.stop();
 }
 
-/// A loop device over a file of its own; needs root.
-struct Loop(String);
-
-impl Loop {
-    fn new(files: &Files, len: u64) -> Self {
-        let path = files.path("disk");
-        File::create(&path).unwrap().set_len(len).unwrap();
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(&path)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
-        Self(stdout(&output).trim().to_owned())
-    }
-
-    fn grow(&self, files: &Files, len: u64) {
-        let file = File::options().write(true).open(files.path("disk"));
-        file.unwrap().set_len(len).unwrap();
-        let status = Command::new("losetup")
-            .args(["--set-capacity", &self.0])
-            .status();
-        assert!(status.unwrap().success());
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
-
 #[test]
 fn on_a_device_a_volume_grows_as_far_as_the_device_has() {
     let files = Files::new();
-    let device = Loop::new(&files, 128 * MIB);
+    let device = Loop::new(&files, "disk", 128 * MIB, &[]);
     let (key, control) = (files.text("key"), files.text("control"));
     succeeds(&["create", "--key-file", &key, &device.0]);
     let card = Card::start(&files, &device.0, &["--control-socket", &control]);
@@ -309,7 +279,12 @@ fn on_a_device_a_volume_grows_as_far_as_the_device_has() {
     assert!(said.contains("already"), "{said}");
 
     // Somebody gives the device more room while the card runs.
-    device.grow(&files, 512 * MIB);
+    let disk = File::options().write(true).open(files.path("disk"));
+    disk.unwrap().set_len(512 * MIB).unwrap();
+    let grown = Command::new("losetup")
+        .args(["--set-capacity", &device.0])
+        .status();
+    assert!(grown.unwrap().success());
     succeeds(&["resize", "--control-socket", &control, "--size", "256M"]);
     assert_eq!(capacity(&mut guest), 256 * MIB);
     let data = pattern(9, 65536);

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod loops;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -10,35 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::*;
-
-/// A loop device over a file of its own; needs root.
-struct Loop(String);
-
-impl Loop {
-    fn new(files: &Files, name: &str, len: u64, sector: u32) -> Self {
-        let path = files.path(name);
-        File::create(&path).unwrap().set_len(len).unwrap();
-        Self::attach(&path, &["--sector-size", &sector.to_string()])
-    }
-
-    /// Over a file that is there.
-    fn attach(path: &Path, options: &[&str]) -> Self {
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .args(options)
-            .arg(path)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
-        Self(stdout(&output).trim().to_owned())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
+use loops::Loop;
 
 /// A raw image with data here and there: `len` bytes, `MiB -> data` for each of `places`.
 fn image(path: &Path, len: u64, places: &[(u64, usize)]) {
@@ -178,7 +151,12 @@ fn a_qcow2_image_is_converted_and_one_that_names_other_files_is_not_followed() {
 fn volumes_live_on_devices_with_sectors_of_512_and_of_4096_bytes() {
     for sector in [512, 4096] {
         let files = Files::new();
-        let device = Loop::new(&files, "disk", 96 << 20, sector);
+        let device = Loop::new(
+            &files,
+            "disk",
+            96 << 20,
+            &["--sector-size", &sector.to_string()],
+        );
         let key = files.text("key");
         let create = ["create", "--key-file", &key, &device.0];
         let said = succeeds(&create);
@@ -204,7 +182,12 @@ fn volumes_live_on_devices_with_sectors_of_512_and_of_4096_bytes() {
 
         let check = ["check", "--key-file", &key, &device.0];
         assert!(succeeds(&check).ends_with("clean\n"));
-        let second = Loop::new(&files, "second", 96 << 20, sector);
+        let second = Loop::new(
+            &files,
+            "second",
+            96 << 20,
+            &["--sector-size", &sector.to_string()],
+        );
         let target = File::options().write(true).open(&second.0).unwrap();
         target.write_all_at(&[0xff; 1 << 20], 0).unwrap();
         drop(target);
@@ -241,7 +224,7 @@ fn volumes_live_on_devices_with_sectors_of_512_and_of_4096_bytes() {
 #[test]
 fn a_size_that_does_not_fit_is_refused_before_anything_is_touched() {
     let files = Files::new();
-    let device = Loop::new(&files, "disk", 64 << 20, 512);
+    let device = Loop::new(&files, "disk", 64 << 20, &[]);
     let key = files.text("key");
     let said = fails(
         &["create", "--size", "1G", "--key-file", &key, &device.0],
@@ -317,6 +300,46 @@ fn info_tells_what_is_known_with_and_without_a_key() {
     }
     let text = stdout(&files.on_volume("info", &[]));
     assert!(text.contains("16 MiB") && text.contains("sound"), "{text}");
+}
+
+#[test]
+fn what_is_no_volume_is_named_with_the_reason() {
+    let files = Files::new();
+    for (name, len, reason) in [
+        ("short", 32, "it has 32 bytes"),
+        ("blank", 8 << 20, "header"),
+    ] {
+        let path = files.private(name, &vec![0; len]);
+        for key in [&[][..], &["--key-file", &files.text("key")]] {
+            let said = fails(&[&["info"], key, &[path.to_str().unwrap()]].concat(), 1);
+            let words = [name, "no offload volume", reason];
+            assert!(words.iter().all(|word| said.contains(word)), "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_has_left_does_not_matter() {
+    let files = Files::with_volume("16M");
+    let (key, volume, control) = (
+        files.text("key"),
+        files.text("volume"),
+        files.text("control"),
+    );
+    let unread = |args: &[&str]| {
+        let (read_end, write_end) = rustix::pipe::pipe().unwrap();
+        drop(read_end);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
+        let output = command.args(args).stdout(write_end).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    };
+    for command in ["info", "check", "compact"] {
+        unread(&[command, "--key-file", &key, &volume]);
+    }
+    let card = files.serve(&["--control-socket", &control]);
+    unread(&["limits", "--control-socket", &control]);
+    unread(&["resize", "--control-socket", &control, "--size", "16M"]);
+    card.stop();
 }
 
 #[test]
@@ -400,7 +423,7 @@ fn a_fifo_is_no_image() {
 fn a_mounted_device_is_not_made_into_a_volume() {
     let files = Files::new();
     let key = files.private("key", &[3; 32]);
-    let device = Loop::new(&files, "image", 64 << 20, 512);
+    let device = Loop::new(&files, "image", 64 << 20, &[]);
     let runs = |program: &str, args: &[&str]| {
         let status = Command::new(program).args(args).status().unwrap();
         assert!(status.success(), "{program} {args:?}");

@@ -14,6 +14,9 @@ use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 /// The environment variable that overrides `-v` and `-q`, e.g. `info,offload::vhost_user=trace`.
 pub const LOG_ENV: &str = "OFFLOAD_LOG";
 
+/// What `--help` has these options under, apart from a program's own.
+const HEADING: &str = "Log";
+
 /// Form of the log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
@@ -28,10 +31,11 @@ pub enum LogFormat {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct LogArgs {
     /// Say more; twice: everything
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    #[arg(short, long, action = clap::ArgAction::Count, global = true, help_heading = HEADING)]
     pub verbose: u8,
     /// Say warnings and errors only; twice: errors only
-    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "verbose", global = true)]
+    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "verbose", global = true,
+        help_heading = HEADING)]
     pub quiet: u8,
     /// Form of the log lines on stderr
     #[arg(
@@ -39,7 +43,8 @@ pub struct LogArgs {
         value_enum,
         default_value_t,
         global = true,
-        value_name = "FORMAT"
+        value_name = "FORMAT",
+        help_heading = HEADING
     )]
     pub log_format: LogFormat,
 }

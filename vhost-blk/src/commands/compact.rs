@@ -39,7 +39,7 @@ pub(super) fn run(args: &CompactArgs) -> anyhow::Result<()> {
     if let Some(error) = progress.error {
         bail!("{error}");
     }
-    println!(
+    say!(
         "moved {}; takes {} of the backing, {} before",
         format_size(progress.moved * BLOCK_LEN as u64),
         format_size(progress.after),

@@ -1,5 +1,6 @@
 //! `info`: what a volume is.
 
+use anyhow::{Context, anyhow};
 use crypto::slot::{SlotInfo, describe};
 use offload::cli::format_size;
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use crate::args::InfoArgs;
 use crate::volume::backing::{Access, Backing, FileBacking};
 use crate::volume::buffer::Buffer;
 use crate::volume::geometry::BLOCK_LEN;
-use crate::volume::recover::{Recovered, recover};
+use crate::volume::recover::{RecoverError, Recovered, recover};
 use crate::volume::superblock::{COPIES, Claims, Superblock, SuperblockError};
 
 pub(super) fn run(args: &InfoArgs) -> anyhow::Result<()> {
@@ -20,9 +21,12 @@ pub(super) fn run(args: &InfoArgs) -> anyhow::Result<()> {
         .transpose()?;
     let backing = FileBacking::open(&args.volume, Access::Read)?;
     let info = match material {
-        Some(material) => verified(&recover(&backing, &material)?, &backing)?,
-        None => unverified(&backing)?,
+        Some(material) => recover(&backing, &material)
+            .map_err(anyhow::Error::from)
+            .and_then(|recovered| verified(&recovered, &backing)),
+        None => unverified(&backing),
     };
+    let info = info.with_context(|| format!("cannot read the volume {}", args.volume.display()))?;
     if args.json {
         say!("{info:#}");
     } else {
@@ -75,8 +79,11 @@ fn unverified(backing: &FileBacking) -> anyhow::Result<Value> {
         .flatten()
         .max_by_key(|claims| claims.generation)
         .ok_or_else(|| {
+            if backing.len() < COPIES[1] {
+                return RecoverError::TooShort(backing.len()).into();
+            }
             let text = copies[0].as_ref().err().cloned().unwrap_or_default();
-            anyhow::anyhow!("this is no offload volume that could be read: {text}")
+            anyhow!("this is no offload volume that could be read: {text}")
         })?;
     Ok(json!({
         "authenticated": false,

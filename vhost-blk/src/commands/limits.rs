@@ -22,7 +22,7 @@ pub(super) fn run(args: &LimitsArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let wire: Wire = serde_json::from_value(told).context("the card's answer is not understood")?;
-    print!("{}", text(&wire));
+    say!("{}", text(&wire).trim_end());
     Ok(())
 }
 

@@ -247,7 +247,7 @@ fn change(limits: &Limits, params: Value) -> Result<Value, ControlError> {
         let wanted: Wire = serde_json::from_value(params).map_err(|error| wrong(&error))?;
         let set = limits.set(wanted.into());
         set.map_err(|error| ControlError::bad_params(error.to_string()))?;
-        tracing::info!("limits were changed: {:?}", limits.rates());
+        tracing::info!("limits were changed: {}", json!(wanted));
     }
     Ok(json!(Wire::from(limits.rates())))
 }

@@ -60,7 +60,9 @@ impl BlockDevice {
         volume.grow(len)?;
         let after = volume.shared().volume_len();
         let told = self.announce();
-        tracing::info!(before, after, told, "the volume has grown");
+        if after != before {
+            tracing::info!(before, after, told, "the volume has grown");
+        }
         Ok(after)
     }
 
