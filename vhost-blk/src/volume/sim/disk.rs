@@ -41,6 +41,23 @@ fn blank() -> Sheet {
 }
 
 impl State {
+    /// These writes end, each as old, new or torn.
+    fn cut_short(&mut self, is_cut: impl Fn(&Pending) -> bool, dice: &mut Dice) {
+        let (cut, others): (Vec<Pending>, Vec<Pending>) = std::mem::take(&mut self.pending)
+            .into_iter()
+            .partition(is_cut);
+        self.pending = others;
+        for mut write in cut {
+            match dice.below(3) {
+                0 => continue,
+                1 => write.data = tear(&[self.view(write.slot), write.data], dice),
+                _ => {}
+            }
+            write.is_done = true;
+            self.pending.push(write);
+        }
+    }
+
     fn view(&self, slot: u64) -> Sheet {
         let landed = self
             .pending
@@ -128,20 +145,8 @@ impl SimDisk {
 
     /// Writes that failed: each leaves the old, the new or a torn block.
     pub(super) fn abandon(&self, ids: &[u64], dice: &mut Dice) {
-        let mut state = self.state();
-        let (failed, others): (Vec<Pending>, Vec<Pending>) = std::mem::take(&mut state.pending)
-            .into_iter()
-            .partition(|write| ids.contains(&write.id));
-        state.pending = others;
-        for mut write in failed {
-            match dice.below(3) {
-                0 => continue,
-                1 => write.data = tear(&[state.view(write.slot), write.data], dice),
-                _ => {}
-            }
-            write.is_done = true;
-            state.pending.push(write);
-        }
+        self.state()
+            .cut_short(|write| ids.contains(&write.id), dice);
     }
 
     /// What a barrier that is submitted now will cover.
@@ -175,19 +180,7 @@ impl SimDisk {
     pub(super) fn kill(&self, dice: &mut Dice) {
         let mut state = self.state();
         state.fuse = None;
-        let (done, under_way): (Vec<Pending>, Vec<Pending>) = std::mem::take(&mut state.pending)
-            .into_iter()
-            .partition(|write| write.is_done);
-        state.pending = done;
-        for mut write in under_way {
-            match dice.below(3) {
-                0 => continue,
-                1 => write.data = tear(&[state.view(write.slot), write.data], dice),
-                _ => {}
-            }
-            write.is_done = true;
-            state.pending.push(write);
-        }
+        state.cut_short(|write| !write.is_done, dice);
     }
 
     /// The power goes: each block keeps its old value, any value written since, or a mixture.
