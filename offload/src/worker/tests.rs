@@ -45,6 +45,8 @@ struct Echo {
     released: AtomicBool,
     wakes: Arc<AtomicU64>,
     rounds: Arc<AtomicU64>,
+    /// It was told to hold nothing back.
+    stopping: AtomicBool,
     deadline: Mutex<Option<Instant>>,
     poll_limit: Duration,
 }
@@ -62,6 +64,7 @@ impl Echo {
             released: AtomicBool::new(false),
             wakes: Arc::default(),
             rounds: Arc::default(),
+            stopping: AtomicBool::new(false),
             deadline: Mutex::default(),
         })
     }
@@ -222,8 +225,8 @@ impl QueueHandler for EchoQueue {
     }
 
     fn wake(&mut self, io: &mut QueueIo<'_>) {
-        self.echo.wakes.fetch_add(1, Ordering::Relaxed);
         *self.echo.deadline.lock().unwrap() = None;
+        self.echo.wakes.fetch_add(1, Ordering::Release);
         if self.echo.mode == Mode::OneAWake {
             self.answer_one(io);
         }
@@ -244,6 +247,10 @@ impl QueueHandler for EchoQueue {
         }
     }
 
+    fn stopping(&mut self, _: &mut QueueIo<'_>) {
+        self.echo.stopping.store(true, Ordering::Release);
+    }
+
     fn has_more(&self) -> bool {
         self.echo.mode == Mode::OneARound && self.count > 0
     }
@@ -261,6 +268,21 @@ fn spawn(echo: &Arc<Echo>, index: u16) -> (QueueThread, Arc<QueueStats>) {
     let stats = Arc::new(QueueStats::new());
     let thread = QueueThread::spawn(echo_device(echo), index, Arc::clone(&stats)).unwrap();
     (thread, stats)
+}
+
+/// Waits until a thread has got to where nothing happens any more, however slow the machine.
+fn settle(count: &AtomicU64) -> u64 {
+    let end = Instant::now() + PATIENCE;
+    let mut before = count.load(Ordering::Acquire);
+    loop {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = count.load(Ordering::Acquire);
+        if now == before {
+            return now;
+        }
+        assert!(Instant::now() < end, "it never comes to rest");
+        before = now;
+    }
 }
 
 /// Sends numbers and checks their echoes.

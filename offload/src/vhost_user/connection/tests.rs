@@ -437,7 +437,7 @@ fn a_stop_ends_a_silent_and_a_half_sent_conversation_at_once() {
         let stopped = Instant::now();
         house.stop.stop();
         house.result().unwrap();
-        assert!(stopped.elapsed() < Duration::from_secs(1));
+        assert!(stopped.elapsed() < Duration::from_secs(5));
         assert!(raw.receive().is_none());
     }
 }
