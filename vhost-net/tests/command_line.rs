@@ -58,7 +58,8 @@ fn a_card_with_a_frontend_ends_clean_when_told_and_removes_its_socket() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
     let mut child = Command::new(env!("CARGO_BIN_EXE_vhost-net"))
-        .args(["serve", "--socket-path", socket.to_str().unwrap()])
+        .args(["serve", "--seccomp", "kill"])
+        .args(["--socket-path", socket.to_str().unwrap()])
         .stderr(Stdio::null())
         .spawn()
         .unwrap();

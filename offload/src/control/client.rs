@@ -148,6 +148,23 @@ impl ControlClient {
         })
     }
 
+    /// Calls a method that takes the connection over: its result, and the stream behind it, which
+    /// waits for ever unless told otherwise.
+    ///
+    /// # Errors
+    /// As for [`ControlClient::call`].
+    pub fn upgrade(
+        mut self,
+        method: &str,
+        params: Value,
+    ) -> Result<(Value, BufReader<UnixStream>), ClientError> {
+        let told = self.call(method, params)?;
+        let socket = self.stream.get_ref();
+        socket.set_read_timeout(None).map_err(io_error)?;
+        socket.set_write_timeout(None).map_err(io_error)?;
+        Ok((told, self.stream))
+    }
+
     fn read_line(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut line = Vec::new();
         let n = (&mut self.stream)

@@ -23,6 +23,9 @@
 //! late asks there. One that does not read is dropped once [`MAX_EVENT_BYTES`] wait for it, or after
 //! the deadline of any response; the card does not wait for it.
 //!
+//! A method may also take the connection over ([`ControlServer::upgrade`]): behind its one response
+//! line the stream is its own, for what is no JSON, like captured frames.
+//!
 //! Who may: the socket has mode 0600, and SO_PEERCRED must name root or the card's own user, also
 //! when the file's mode was widened or the descriptor passed on. What they may cost: one thread,
 //! [`MAX_CONNECTIONS`], [`MAX_LINE`] bytes a request, a deadline for each half-sent request and each
@@ -41,7 +44,7 @@ mod session;
 pub use client::{ClientError, ControlClient, EventStream};
 pub use events::EventSender;
 pub use protocol::{ControlError, ControlErrorKind, MAX_LINE};
-pub use server::{ControlServer, ControlThread, MAX_CONNECTIONS, ServeError};
+pub use server::{ControlServer, ControlThread, MAX_CONNECTIONS, ServeError, Takeover};
 pub use session::MAX_EVENT_BYTES;
 
 #[cfg(test)]

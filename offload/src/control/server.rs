@@ -41,7 +41,30 @@ pub enum ServeError {
     Thread(#[source] io::Error),
 }
 
-type Method = Arc<dyn Fn(Value) -> Result<Value, ControlError> + Send + Sync>;
+/// What goes on with a client's connection once the answer is on its way.
+pub type Takeover = Box<dyn FnOnce(UnixStream) + Send>;
+
+type Plain = Arc<dyn Fn(Value) -> Result<Value, ControlError> + Send + Sync>;
+type Upgrade = Arc<dyn Fn(Value) -> Result<(Value, Takeover), ControlError> + Send + Sync>;
+
+enum Method {
+    Plain(Plain),
+    Upgrade(Upgrade),
+}
+
+/// Somebody who is connected.
+struct Client {
+    stream: UnixStream,
+    session: Session,
+    /// Gets the stream as soon as the answer that announces it is taken.
+    takeover: Option<Takeover>,
+}
+
+impl Client {
+    fn is_taken_over(&self) -> bool {
+        self.takeover.is_some() && !self.session.wants_output()
+    }
+}
 
 /// A control socket that is bound and not yet served, so that a process can bind early, give up
 /// its privileges, and then start threads.
@@ -97,7 +120,20 @@ impl ControlServer {
         name: &'static str,
         method: impl Fn(Value) -> Result<Value, ControlError> + Send + Sync + 'static,
     ) -> Self {
-        self.methods.insert(name, Arc::new(method));
+        self.methods.insert(name, Method::Plain(Arc::new(method)));
+        self
+    }
+
+    /// Adds a method that takes the client's connection over: once its result was sent, the
+    /// connection, which does not block, is the [`Takeover`]'s and no longer counts as a client. What
+    /// the client has sent behind the request is lost, so it has to wait for the answer.
+    #[must_use]
+    pub fn upgrade(
+        mut self,
+        name: &'static str,
+        method: impl Fn(Value) -> Result<(Value, Takeover), ControlError> + Send + Sync + 'static,
+    ) -> Self {
+        self.methods.insert(name, Method::Upgrade(Arc::new(method)));
         self
     }
 
@@ -152,7 +188,7 @@ impl Drop for ControlThread {
 struct Loop {
     server: ControlServer,
     stops: [StopSignal; 2],
-    clients: Vec<(UnixStream, Session)>,
+    clients: Vec<Client>,
     accept_after: Option<Instant>,
     complaints: RateLimited,
 }
@@ -183,9 +219,14 @@ impl Loop {
             }
             self.tell(now);
             let methods = &self.server.methods;
-            self.clients.retain_mut(|(stream, session)| {
-                serve(stream, session, methods, now).is_ok() && !session.is_over(now)
+            self.clients.retain_mut(|client| {
+                serve(client, methods, now).is_ok() && !client.session.is_over(now)
             });
+            for client in self.clients.extract_if(.., |client| client.is_taken_over()) {
+                if let Some(takeover) = client.takeover {
+                    takeover(client.stream);
+                }
+            }
         }
     }
 
@@ -193,8 +234,8 @@ impl Loop {
     fn tell(&mut self, now: Instant) {
         let mut slow = 0_usize;
         for line in self.server.events.take() {
-            self.clients.retain_mut(|(_, session)| {
-                let told = session.tell(&line, now);
+            self.clients.retain_mut(|client| {
+                let told = client.session.tell(&line, now);
                 slow += usize::from(told.is_err());
                 told.is_ok()
             });
@@ -223,7 +264,10 @@ impl Loop {
         fds.push(PollFd::new(&stop, PollFlags::IN));
         fds.push(PollFd::new(&dropped, PollFlags::IN));
         fds.push(PollFd::new(&events, PollFlags::IN));
-        for (stream, session) in &self.clients {
+        for Client {
+            stream, session, ..
+        } in &self.clients
+        {
             let flags = if session.wants_output() {
                 PollFlags::OUT
             } else {
@@ -231,7 +275,7 @@ impl Loop {
             };
             fds.push(PollFd::new(stream, flags));
         }
-        let deadlines = self.clients.iter().map(|(_, session)| session.deadline());
+        let deadlines = self.clients.iter().map(|client| client.session.deadline());
         let pause = self.accept_after.filter(|_| !accepting);
         let timeout = deadlines
             .chain(pause)
@@ -268,7 +312,11 @@ impl Loop {
                     continue;
                 }
             };
-            self.clients.push((stream, session));
+            self.clients.push(Client {
+                stream,
+                session,
+                takeover: None,
+            });
         }
     }
 
@@ -305,11 +353,15 @@ fn may_talk(peer_uid: u32, own_uid: u32) -> bool {
 
 /// Goes on with one client as far as it goes without waiting. An error ends it.
 fn serve(
-    stream: &mut UnixStream,
-    session: &mut Session,
+    client: &mut Client,
     methods: &BTreeMap<&'static str, Method>,
     now: Instant,
 ) -> io::Result<()> {
+    let Client {
+        stream,
+        session,
+        takeover,
+    } = client;
     // One read a round, so that all clients have their turn; `poll` comes back at once.
     if session.wants_input() {
         let mut buffer = [0; 4096];
@@ -329,6 +381,9 @@ fn serve(
                 Err(error) => return Err(error),
             }
         }
+        if takeover.is_some() {
+            return Ok(());
+        }
         // What was read is at most a few hundred short requests, so this ends.
         let Some(line) = session.next_line(now) else {
             if session.wants_output() {
@@ -336,7 +391,7 @@ fn serve(
             }
             return Ok(());
         };
-        let response = answer(&line, methods, session).into();
+        let response = answer(&line, methods, session, takeover).into();
         session.respond(&response, now);
     }
 }
@@ -349,6 +404,7 @@ fn answer(
     line: &[u8],
     methods: &BTreeMap<&'static str, Method>,
     session: &mut Session,
+    takeover: &mut Option<Takeover>,
 ) -> Result<Value, ControlError> {
     let request = parse_request(line)?;
     if request.method == EVENTS {
@@ -364,7 +420,14 @@ fn answer(
             ),
         )
     })?;
-    method(request.params)
+    match method {
+        Method::Plain(method) => method(request.params),
+        Method::Upgrade(method) => {
+            let (value, then) = method(request.params)?;
+            *takeover = Some(then);
+            Ok(value)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -40,6 +40,22 @@ impl Rig {
                 None => Err(ControlError::bad_params("a number is wanted")),
             })
             .method("big", |_| Ok(Value::String("x".repeat(1 << 20))))
+            .upgrade("echo", |params| {
+                let Some(greeting) = params.as_str().map(str::to_owned) else {
+                    return Err(ControlError::bad_params("a greeting is wanted"));
+                };
+                let then = move |stream: UnixStream| {
+                    std::thread::spawn(move || {
+                        stream.set_nonblocking(false).unwrap();
+                        let mut stream = BufReader::new(stream);
+                        let mut line = String::new();
+                        stream.read_line(&mut line).unwrap();
+                        let answer = format!("{greeting}, {line}");
+                        stream.get_mut().write_all(answer.as_bytes()).unwrap();
+                    });
+                };
+                Ok((json!("go on"), Box::new(then)))
+            })
             .spawn(stop.clone())
             .unwrap();
         Self {
@@ -91,7 +107,7 @@ fn a_client_reads_stats_metrics_version_and_methods() {
     assert_eq!(
         client.call("methods", Value::Null).unwrap(),
         json!([
-            "big", "double", "events", "methods", "metrics", "ping", "stats", "version"
+            "big", "double", "echo", "events", "methods", "metrics", "ping", "stats", "version"
         ])
     );
 }
@@ -110,6 +126,26 @@ fn a_cards_own_methods_get_parameters_and_answer_with_errors() {
         ControlErrorKind::UnknownMethod
     );
     assert_eq!(client.call("double", json!(1)).unwrap(), 2);
+}
+
+#[test]
+fn a_method_may_take_the_connection_over_and_it_then_takes_no_clients_place() {
+    let rig = Rig::new();
+    let refused = rig.client().upgrade("echo", Value::Null).unwrap_err();
+    assert!(matches!(refused, ClientError::Remote(_)), "{refused}");
+    let mut taken = Vec::new();
+    for _ in 0..2 * MAX_CONNECTIONS {
+        let (told, stream) = rig.client().upgrade("echo", json!("hello")).unwrap();
+        assert_eq!(told, json!("go on"));
+        taken.push(stream);
+    }
+    for mut stream in taken {
+        stream.get_mut().write_all(b"world\n").unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "hello, world\n");
+    }
+    assert_eq!(rig.client().call("double", json!(4)).unwrap(), json!(8));
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! The system calls that a card makes once it runs.
 //!
-//! Two filters. The first has one rule: `clone3` does not exist (ENOSYS). Its flags lie in
-//! memory, where a filter cannot look, so glibc is sent back to `clone`, whose flags say whether a
-//! thread is made or a process. The second is the list below. The kernel takes the stricter
-//! answer of the two.
+//! First, filters that turn calls away that the C library makes by itself and can do without:
+//! `clone3` does not exist (ENOSYS), since its flags lie in memory, where a filter cannot look, so
+//! glibc is sent back to `clone`, whose flags say whether a thread is made or a process; and where
+//! no paths are in reach, `openat` is refused (EPERM). glibc's `free` opens
+//! /proc/sys/vm/overcommit_memory when a thread's heap shrinks, and takes a refusal well; a card
+//! must not be killed for that. Then comes the list below, which has the calls that the first ones
+//! turn away. The kernel takes the strictest answer of all.
 //!
 //! On purpose not on the list: anything that executes, forks, traces, mounts, loads, makes or
 //! connects sockets, opens or removes files (unless the sandbox keeps paths in reach), and
@@ -172,6 +175,9 @@ const REMOVE_CALLS: &[i64] = &[libc::SYS_unlinkat];
 // C libraries open by `openat` only.
 const OPEN_CALLS: &[i64] = &[libc::SYS_openat, libc::SYS_openat2, libc::SYS_getdents64];
 
+/// What the first filter refuses, so the list need not: see the module.
+const TURNED_AWAY: &[i64] = &[libc::SYS_openat];
+
 /// Requests of `ioctl` that are let through: blocking mode, "is this a terminal" and its width
 /// (libc's `isatty`), the geometry of block devices.
 const IOCTLS: &[u64] = &[
@@ -219,7 +225,7 @@ fn rules(files: FileCalls, extra: &[i64]) -> Result<BTreeMap<i64, Vec<SeccompRul
         .collect();
     rules.insert(libc::SYS_ioctl, ioctls?);
 
-    let open = if files.open { OPEN_CALLS } else { &[] };
+    let open = if files.open { OPEN_CALLS } else { TURNED_AWAY };
     let remove = if files.remove { REMOVE_CALLS } else { &[] };
     for &call in [CALLS, OLD_CALLS, open, remove, extra]
         .into_iter()
@@ -253,7 +259,18 @@ pub(super) fn compile(
             arch,
         )?;
         let list = SeccompFilter::new(rules(files, extra)?, otherwise, SeccompAction::Allow, arch)?;
-        Ok(vec![no_clone3.try_into()?, list.try_into()?])
+        let mut programs = vec![no_clone3.try_into()?];
+        // One that only logs is to find such calls, and to carry them out.
+        if !files.open && mode != Seccomp::Log {
+            let turned_away = TURNED_AWAY.iter().map(|&call| (call, Vec::new()));
+            let refused = errno(libc::EPERM);
+            programs.push(
+                SeccompFilter::new(turned_away.collect(), SeccompAction::Allow, refused, arch)?
+                    .try_into()?,
+            );
+        }
+        programs.push(list.try_into()?);
+        Ok(programs)
     };
     compile().map_err(|error| SandboxError::Seccomp(error.into()))
 }

@@ -1,7 +1,8 @@
 //! Frames as a pcapng stream (draft-ietf-opsawg-pcapng), which tshark and tcpdump read.
 //!
-//! Only the writing, and only three kinds of blocks: one section, one Ethernet interface with
-//! nanoseconds, and enhanced packets that say which way they went. pcapng rather than pcap for
+//! Only the writing, and only four kinds of blocks: one section, one Ethernet interface with
+//! nanoseconds, enhanced packets that say which way they went, and in the end how many there were.
+//! Of reading just enough to cut a stream of ours into its blocks. pcapng rather than pcap for
 //! that, and for the interface's name. Reader crates exist; what they write allocates and cannot
 //! say the direction, so these few lines are our own, and tests read them back with another's
 //! parser.
@@ -18,6 +19,13 @@ pub const SNAPLEN: u32 = 262_144;
 
 /// Bytes of a packet's block besides the frame and its padding.
 pub const OVERHEAD: usize = 28 + 12 + 4;
+
+/// Kind of the block of a frame.
+pub const PACKET: u32 = 6;
+/// Kind of the block with which a stream of ours ends.
+pub const STATISTICS: u32 = 5;
+/// Longest block that is written.
+const BLOCK_MAX: u32 = SNAPLEN + OVERHEAD as u32 + 4;
 
 /// What a stream begins with. `interface` is what the reader shows as the interface's name.
 #[must_use]
@@ -57,7 +65,7 @@ pub fn packet(
     let length = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
     let (high, low) = ((nanoseconds >> 32) as u32, nanoseconds as u32);
     bytes.reserve(OVERHEAD + kept.len() + 3);
-    block(bytes, 6, |body| {
+    block(bytes, PACKET, |body| {
         body.extend(0_u32.to_le_bytes());
         body.extend(high.to_le_bytes());
         body.extend(low.to_le_bytes());
@@ -73,6 +81,70 @@ pub fn packet(
         option(body, 2, &flags.to_le_bytes());
         option(body, 0, &[]);
     });
+}
+
+/// Appends what is known at the end: how many frames there were since the beginning, and how many of
+/// them are not in the stream because there was no room.
+pub fn statistics(bytes: &mut Vec<u8>, unix: Duration, frames: u64, dropped: u64) {
+    let nanoseconds = u64::try_from(unix.as_nanos()).unwrap_or(u64::MAX);
+    block(bytes, STATISTICS, |body| {
+        body.extend(0_u32.to_le_bytes());
+        body.extend(((nanoseconds >> 32) as u32).to_le_bytes());
+        body.extend((nanoseconds as u32).to_le_bytes());
+        // isb_ifrecv (4) and isb_ifdrop (5).
+        option(body, 4, &frames.to_le_bytes());
+        option(body, 5, &dropped.to_le_bytes());
+        option(body, 0, &[]);
+    });
+}
+
+/// A block at the front of a stream of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// [`PACKET`], [`STATISTICS`] or another.
+    pub kind: u32,
+    /// Bytes of all of it.
+    pub len: usize,
+}
+
+impl Block {
+    /// Reads a block's head. `None`: more bytes are needed.
+    ///
+    /// # Errors
+    /// No block begins like that, or it is longer than any of ours.
+    pub fn read(bytes: &[u8]) -> Result<Option<Self>, NoBlock> {
+        let word = |at: usize| {
+            let bytes = bytes.get(at..at + 4)?;
+            Some(u32::from_le_bytes(bytes.try_into().ok()?))
+        };
+        let (Some(kind), Some(len)) = (word(0), word(4)) else {
+            return Ok(None);
+        };
+        let is_sound = (12..=BLOCK_MAX).contains(&len) && len % 4 == 0;
+        if !is_sound {
+            return Err(NoBlock);
+        }
+        Ok(Some(Self {
+            kind,
+            len: len as usize,
+        }))
+    }
+}
+
+/// This is no stream of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the card's stream is no pcapng")]
+pub struct NoBlock;
+
+/// Frames and drops that a whole block of [`STATISTICS`] tells of.
+#[must_use]
+pub fn told(block: &[u8]) -> Option<(u64, u64)> {
+    let number = |at: usize| {
+        let bytes = block.get(at..at + 8)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    };
+    // Behind head, interface and time; each number behind its option's head.
+    Some((number(20 + 4)?, number(20 + 4 + 8 + 4)?))
 }
 
 fn block(bytes: &mut Vec<u8>, kind: u32, fill: impl FnOnce(&mut Vec<u8>)) {
@@ -102,7 +174,7 @@ fn pad(body: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use pcap_parser::traits::PcapReaderIterator;
-    use pcap_parser::{Block, PcapBlockOwned, PcapNGReader};
+    use pcap_parser::{Block as Block2, PcapBlockOwned, PcapNGReader};
 
     use super::*;
 
@@ -123,7 +195,7 @@ mod tests {
                 Err(error) => panic!("{error:?}"),
             };
             match block {
-                PcapBlockOwned::NG(Block::InterfaceDescription(interface)) => {
+                PcapBlockOwned::NG(Block2::InterfaceDescription(interface)) => {
                     assert_eq!(interface.linktype, pcap_parser::Linktype::ETHERNET);
                     assert_eq!(interface.if_tsresol, 9);
                     let option = interface.options.iter().find(|it| it.code.0 == 2);
@@ -131,7 +203,7 @@ mod tests {
                     let value = option.value[..usize::from(option.len)].to_vec();
                     name = String::from_utf8(value).unwrap();
                 }
-                PcapBlockOwned::NG(Block::EnhancedPacket(packet)) => {
+                PcapBlockOwned::NG(Block2::EnhancedPacket(packet)) => {
                     let flags = packet.options.iter().find(|it| it.code.0 == 2).unwrap();
                     let flags: [u8; 4] = flags.value[..4].try_into().unwrap();
                     let time = u64::from(packet.ts_high) << 32 | u64::from(packet.ts_low);
@@ -182,6 +254,29 @@ mod tests {
         let mut whole = header("x", SNAPLEN);
         whole.extend(stream);
         assert_eq!(read(&whole).1[0].3, frame);
+    }
+
+    #[test]
+    fn a_stream_is_cut_into_its_blocks_and_another_parser_reads_the_statistics() {
+        let mut stream = header("eni-0", 96);
+        packet(&mut stream, Direction::In, Duration::ZERO, &[1; 77], 96);
+        statistics(&mut stream, Duration::from_secs(5), 9, 2);
+        let (mut rest, mut kinds, mut last) = (&stream[..], Vec::new(), None);
+        while let Some(block) = Block::read(rest).unwrap() {
+            kinds.push(block.kind);
+            last = told(&rest[..block.len]);
+            rest = &rest[block.len..];
+        }
+        assert_eq!(kinds, [0x0a0d_0d0a, 1, PACKET, STATISTICS]);
+        assert_eq!(last, Some((9, 2)));
+        assert_eq!(Block::read(&[0xff; 12]), Err(NoBlock));
+        let (_, blocks) = pcap_parser::parse_pcapng(&stream).map(|(rest, it)| (rest, it.blocks)).unwrap();
+        let Some(Block2::InterfaceStatistics(it)) = blocks.last() else {
+            panic!("{blocks:?}");
+        };
+        let option = |code| it.options.iter().find(|option| option.code.0 == code);
+        assert_eq!(option(4).unwrap().value[..8], 9_u64.to_le_bytes());
+        assert_eq!(option(5).unwrap().value[..8], 2_u64.to_le_bytes());
     }
 
     #[test]
