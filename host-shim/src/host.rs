@@ -77,7 +77,10 @@ pub struct Binaries {
 pub fn look_around(spec: &VmSpec, binaries: &Binaries) -> Result<Env, HostError> {
     Ok(Env {
         qemu: find_qemu(binaries)?,
-        card: find_card(binaries.card_dir.as_deref(), BLOCK_CARD)?,
+        card: match spec.disks.as_slice() {
+            [] => None,
+            _ => Some(find_card(binaries.card_dir.as_deref(), BLOCK_CARD)?),
+        },
         net_card: match spec.nics.as_slice() {
             [] => None,
             _ => Some(find_card(binaries.card_dir.as_deref(), NET_CARD)?),
@@ -279,6 +282,34 @@ mod tests {
         };
         assert!(matches!(of("/nonexistent"), HostError::Qemu { .. }));
         assert!(matches!(of("/bin/true"), HostError::QemuVersion { .. }));
+    }
+
+    #[test]
+    fn a_machine_needs_only_the_cards_that_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let qemu = dir.path().join("qemu");
+        let script = "#!/bin/sh\necho QEMU emulator version 7.2.22\n";
+        std::fs::write(&qemu, script).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&qemu, mode).unwrap();
+        std::fs::write(dir.path().join(NET_CARD), "").unwrap();
+        let binaries = Binaries {
+            qemu: Some(qemu),
+            card_dir: Some(dir.path().to_owned()),
+            ..Binaries::default()
+        };
+        let look = |sections: &str| {
+            let text = format!(
+                "[vm]\nname = 'x'\nmemory = '64M'\naccel = 'tcg'\nkernel = 'k'\n{sections}\n\
+                 [run]\ndir = '/run/x'\n"
+            );
+            let spec = crate::spec::parse(&text, Path::new("/vm.toml")).unwrap();
+            look_around(&spec, &binaries)
+        };
+        let env = look("[[nic]]").unwrap();
+        assert_eq!((env.card, env.net_card.is_some()), (None, true));
+        let error = look("[[nic]]\n[[disk]]\nvolume = 'v'\nkey-file = 'k'").unwrap_err();
+        assert!(error.to_string().contains(BLOCK_CARD), "{error}");
     }
 
     #[test]

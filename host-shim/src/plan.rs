@@ -53,6 +53,9 @@ pub enum PlanError {
     /// `accel = "auto"` was not probed.
     #[error("accel is \"auto\", but the host was not probed")]
     NotProbed,
+    /// There is a `[[disk]]`, and nobody said where its card is.
+    #[error("the VM has a disk, but the host was not asked for its card")]
+    NoBlockCard,
     /// There is a `[[nic]]`, and nobody said where its card is.
     #[error("the VM has a network interface, but the host was not asked for its card")]
     NoNetCard,
@@ -81,8 +84,8 @@ impl fmt::Display for UserId {
 pub struct Env {
     /// The QEMU to run.
     pub qemu: Qemu,
-    /// The block card's binary.
-    pub card: PathBuf,
+    /// The block card's binary; may be missing for a VM without a disk.
+    pub card: Option<PathBuf>,
     /// The network card's binary; may be missing for a VM without one.
     pub net_card: Option<PathBuf>,
     /// Run directory of this VM.
@@ -197,7 +200,8 @@ pub fn plan(spec: &VmSpec, env: &Env) -> Result<Plan, PlanError> {
 }
 
 fn block_card(index: usize, disk: &Disk, env: &Env) -> Result<CardPlan, PlanError> {
-    card(format!("disk{index}"), &env.card, env, |line| {
+    let program = env.card.as_ref().ok_or(PlanError::NoBlockCard)?;
+    card(format!("disk{index}"), program, env, |line| {
         line.path("--volume", &disk.volume)?;
         match &disk.key {
             KeySource::KeyFile(path) => line.path("--key-file", path)?,
@@ -241,6 +245,24 @@ fn net_card(index: usize, nic: &Nic, env: &Env) -> Result<CardPlan, PlanError> {
             line.option("--map-host-loopback", address);
         }
         line.maybe("--flows", nic.flows);
+        let traffic = &nic.traffic;
+        for (option, value) in &traffic.limits {
+            line.option(&format!("--{option}"), value);
+        }
+        for (kind, seconds) in &traffic.flow_timeouts {
+            line.option("--flow-timeout", format_args!("{kind}={seconds}"));
+        }
+        line.maybe("--tracked-flows", traffic.tracked_flows);
+        for (name, addresses) in &traffic.neighbors {
+            let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            line.option("--neighbor", format_args!("{name}={}", addresses.join(",")));
+        }
+        if let Some(log) = &traffic.flow_log {
+            line.path("--flow-log", &log.path)?;
+            line.maybe("--flow-log-interval", log.interval);
+            line.maybe("--flow-log-size", log.size.as_ref());
+            line.maybe("--flow-log-keep", log.keep);
+        }
         for (option, file) in [
             ("--security-groups", &nic.security_groups),
             ("--metadata", &nic.metadata),

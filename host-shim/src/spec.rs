@@ -43,7 +43,7 @@ mod nic;
 #[cfg(test)]
 mod tests;
 
-pub use nic::{Ipv4Net, Nic};
+pub use nic::{FlowLog, Ipv4Net, Nic, Traffic};
 
 /// Longest serial virtio-blk can hand to a guest (virtio 1.3, 5.2.6: `VIRTIO_BLK_T_GET_ID`).
 pub const SERIAL_MAX_BYTES: usize = 20;

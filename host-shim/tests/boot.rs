@@ -78,7 +78,7 @@ impl Stage {
         let spec = spec::parse(&text, &self.dir.path().join("vm.toml")).unwrap();
         let env = Env {
             qemu: host::find_qemu(binaries).expect("QEMU: see .ci/debian-packages"),
-            card: "/unused".into(),
+            card: Some("/unused".into()),
             net_card: None,
             run_dir: self.dir.path().join("run"),
             kvm: None,

@@ -35,7 +35,7 @@ fn env(major: u16, minor: u16) -> Env {
             has_sandbox: true,
             data_dirs: Vec::new(),
         },
-        card: "/opt/offload/vhost-blk".into(),
+        card: Some("/opt/offload/vhost-blk".into()),
         net_card: Some("/opt/offload/vhost-net".into()),
         run_dir: "/run/offload/web1".into(),
         kvm: Some(KvmVerdict::fast(1.0e9)),

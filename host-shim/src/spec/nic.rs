@@ -5,7 +5,7 @@
 //! holds leases by it finds its own again) and the networks `10.0.(2+N).0/24` and `fd00:0:0:(2+N)::/64`
 //! of the Nth. What the card's own files say (security groups, metadata) is the card's to check.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,6 +14,11 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use super::{Checker, SpecError};
+
+mod traffic;
+
+use traffic::Amount;
+pub use traffic::{FlowLog, Traffic};
 
 /// Bytes of an IP packet that an interface may be asked to carry.
 const MTU: std::ops::RangeInclusive<u16> = 1280..=65520;
@@ -58,6 +63,8 @@ pub struct Nic {
     pub map_host_loopback: Vec<IpAddr>,
     /// Most flows at once; the card's own limit without it.
     pub flows: Option<u32>,
+    /// What it may carry, how flows are followed and written down.
+    pub traffic: Traffic,
     /// The card's security groups, as TOML.
     pub security_groups: Option<PathBuf>,
     /// What the metadata service tells, as TOML.
@@ -85,6 +92,23 @@ pub(super) struct RawNic {
     #[serde(default)]
     map_host_loopback: Vec<Spanned<String>>,
     flows: Option<Spanned<u32>>,
+    rx_bps: Option<Spanned<Amount>>,
+    rx_bps_burst: Option<Spanned<Amount>>,
+    rx_pps: Option<Spanned<Amount>>,
+    rx_pps_burst: Option<Spanned<Amount>>,
+    tx_bps: Option<Spanned<Amount>>,
+    tx_bps_burst: Option<Spanned<Amount>>,
+    tx_pps: Option<Spanned<Amount>>,
+    tx_pps_burst: Option<Spanned<Amount>>,
+    flow_log: Option<PathBuf>,
+    flow_log_interval: Option<Spanned<u32>>,
+    flow_log_size: Option<Spanned<Amount>>,
+    flow_log_keep: Option<Spanned<u32>>,
+    #[serde(default)]
+    flow_timeouts: BTreeMap<String, Spanned<u32>>,
+    tracked_flows: Option<Spanned<u32>>,
+    #[serde(default)]
+    neighbors: BTreeMap<String, Vec<Spanned<String>>>,
     security_groups: Option<PathBuf>,
     metadata: Option<PathBuf>,
     user_data: Option<PathBuf>,
@@ -94,7 +118,7 @@ type Checked<T> = Result<T, Box<SpecError>>;
 
 impl Checker<'_> {
     pub(super) fn nics(&self, raw: &[RawNic], vm: &str) -> Checked<Vec<Nic>> {
-        let mut nics = Vec::with_capacity(raw.len().min(NICS_MAX));
+        let mut nics: Vec<Nic> = Vec::with_capacity(raw.len().min(NICS_MAX));
         let (mut macs, mut ports) = (HashSet::new(), HashSet::new());
         for (index, raw) in raw.iter().enumerate() {
             let number = u8::try_from(index).unwrap_or(u8::MAX);
@@ -109,6 +133,16 @@ impl Checker<'_> {
                     format!("two interfaces have the hardware address {}", nic.mac),
                     "already an interface of this VM",
                     Some("leave mac out, and each gets one of its own"),
+                ));
+            }
+            if let Some(networks) = nics.iter().find_map(|other| overlap(other, &nic)) {
+                let spans = [&raw.ipv4, &raw.ipv6_prefix];
+                let span = spans.into_iter().flatten().next().map(Spanned::span);
+                return Err(self.error(
+                    span,
+                    format!("the networks {networks} of two interfaces overlap"),
+                    "here, or where it follows from the place",
+                    Some("a guest could not tell where to send; give each a network of its own"),
                 ));
             }
             for rule in &raw.publish {
@@ -189,6 +223,7 @@ impl Checker<'_> {
                 .collect::<Checked<_>>()?,
             map_host_loopback: self.addresses(&raw.map_host_loopback)?,
             flows: self.ranged(raw.flows.as_ref(), "flows", &(1..=1_000_000))?,
+            traffic: self.traffic(raw)?,
             security_groups: raw.security_groups.as_deref().map(|p| self.path(p)),
             metadata: raw.metadata.as_deref().map(|p| self.path(p)),
             user_data: raw.user_data.as_deref().map(|p| self.path(p)),
@@ -260,6 +295,19 @@ impl Checker<'_> {
             None,
         ))
     }
+}
+
+/// The networks that two interfaces would have in common.
+fn overlap(one: &Nic, other: &Nic) -> Option<String> {
+    let len = one.ipv4.prefix_len.min(other.ipv4.prefix_len);
+    let shift = 32_u32.saturating_sub(len.into());
+    if (one.ipv4.address.to_bits() ^ other.ipv4.address.to_bits()) >> shift == 0 {
+        let text = |net: Ipv4Net| format!("{}/{}", net.address, net.prefix_len);
+        return Some(format!("{} and {}", text(one.ipv4), text(other.ipv4)));
+    }
+    let (one, other) = one.ipv6_prefix.zip(other.ipv6_prefix)?;
+    let is_same = one.to_bits() >> 64 == other.to_bits() >> 64;
+    is_same.then(|| format!("{one}/64 and {other}/64"))
 }
 
 /// An address of the range that QEMU's guests know, from the VM's name (FNV-1a) and the place.

@@ -219,6 +219,36 @@ fn the_printed_diagnostic_shows_the_line_of_the_file() {
 }
 
 #[test]
+fn what_an_interface_may_carry_and_what_is_logged_is_taken() {
+    let text = GOOD.replace(
+        "mtu = 1500",
+        "mtu = 1500\nrx-bps = '100M'\nrx-bps-burst = '1G:5'\ntx-pps = 20000\n\
+         flow-log = 'flows.log'\nflow-log-interval = 600\nflow-log-size = '1M'\n\
+         flow-timeouts = { tcp-established = 3600 }\ntracked-flows = 1000\n\
+         neighbors = { db = ['10.0.2.20'] }",
+    );
+    let traffic = parse_text(&text).unwrap().nics.swap_remove(1).traffic;
+    let limits = [
+        ("rx-bps", "100M"),
+        ("rx-bps-burst", "1G:5"),
+        ("tx-pps", "20000"),
+    ];
+    assert_eq!(
+        traffic.limits,
+        limits.map(|(name, it)| (name, it.to_owned()))
+    );
+    assert_eq!(traffic.flow_timeouts["tcp-established"], 3600);
+    assert_eq!(traffic.tracked_flows, Some(1000));
+    assert_eq!(traffic.neighbors["db"].len(), 1);
+    let log = traffic.flow_log.unwrap();
+    assert_eq!(log.path, Path::new("/etc/offload/flows.log"));
+    assert_eq!(
+        (log.interval, log.size.as_deref(), log.keep),
+        (Some(600), Some("1M"), None)
+    );
+}
+
+#[test]
 fn an_interface_that_says_nothing_gets_what_is_its_own_and_the_same_each_time() {
     let nics = parse_text(GOOD).unwrap().nics;
     let first = &nics[0];
@@ -304,11 +334,55 @@ fn what_an_interface_cannot_be_is_refused_where_it_stands() {
             "\"8080:80\"",
         ),
         ("mtu = 1500", "queue = 1", "unknown field", "queue"),
+        ("mtu = 1500", "rx-bps = 'fast'", "not a size", "'fast'"),
+        ("mtu = 1500", "rx-pps = '1M'", "not a number", "'1M'"),
+        (
+            "mtu = 1500",
+            "tx-pps-burst = '9:9'",
+            "needs tx-pps",
+            "'9:9'",
+        ),
+        (
+            "mtu = 1500",
+            "tx-bps = '1M'\ntx-bps-burst = '9:x'",
+            "not a burst",
+            "'9:x'",
+        ),
+        ("mtu = 1500", "flow-log-keep = 3", "no flow log", "3"),
+        (
+            "mtu = 1500",
+            "flow-log = 'l'\nflow-log-interval = 61",
+            "cannot be had",
+            "61",
+        ),
+        (
+            "mtu = 1500",
+            "flow-timeouts = { tcp = 3 }",
+            "no kind of flows `tcp`",
+            "3",
+        ),
+        (
+            "mtu = 1500",
+            "neighbors = { db = ['x'] }",
+            "IP address",
+            "'x'",
+        ),
     ] {
         let (message, place) = refused(from, to);
         assert!(message.contains(says), "{to}: {message}");
         assert_eq!(place, at, "{to}: {message}");
     }
+    for to in ["10.0.2.200/25", "10.0.99.1/8"] {
+        let text = GOOD.replace("gateway = \"192.168.7.129\"\n", "");
+        let text = text.replace("192.168.7.200/25", to);
+        let error = parse_text(&text).unwrap_err();
+        let says = format!("10.0.2.15/24 and {to} of two interfaces overlap");
+        assert!(error.to_string().contains(&says), "{to}: {error}");
+        assert_eq!(&text[error.span().unwrap()], format!("\"{to}\""));
+    }
+    let same = GOOD.replace("no-ipv6 = true", "ipv6-prefix = 'fd00:0:0:2::'");
+    let error = parse_text(&same).unwrap_err().to_string();
+    assert!(error.contains("fd00:0:0:2::/64 and"), "{error}");
     let twice = "[[nic]]\nmac = '52:54:00:ab:cd:ef'\n";
     let (message, at) = refused("[[nic]]", twice);
     assert!(message.contains("two interfaces"), "{message}");
