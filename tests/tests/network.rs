@@ -98,10 +98,15 @@ struct Guest {
 
 impl Guest {
     fn boot(dir: &Path, socket: &Path) -> Self {
+        Self::boot_with(dir, socket, &[])
+    }
+
+    /// With programs of the host's besides.
+    fn boot_with(dir: &Path, socket: &Path, programs: &[&str]) -> Self {
         let kernel = guest::kernel(&guest::cache_dir()).expect("Debian's cloud kernel");
         let initrd = Initrd {
             modules: &["virtio_pci", "virtio_net"],
-            programs: &[],
+            programs,
             files: &[
                 ("/lease", LEASE.as_bytes()),
                 ("/metadata", METADATA.as_bytes()),
@@ -440,6 +445,283 @@ fn a_stock_guest_finds_names_and_metadata_and_its_security_groups_change_under_i
     // The card's own services are not filtered.
     let found = guest.ok("sh /metadata");
     assert!(found.contains("meta-data/instance-id=i-0abc"), "{found}");
+}
+
+/// A subcommand of the card's program, on a running one.
+fn ask(control: &Path, args: &[&str]) -> (bool, String) {
+    let output = Command::new(binary("vhost-net"))
+        .args(&args[..1])
+        .arg("--control-socket")
+        .arg(control)
+        .args(&args[1..])
+        .output()
+        .expect("it runs");
+    let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
+    said += &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), said)
+}
+
+/// The frames of a pcapng file with their directions (1 to the guest, 2 from it), as another's parser
+/// reads them.
+fn frames(path: &Path) -> Vec<(u8, Vec<u8>)> {
+    use pcap_parser::traits::PcapReaderIterator as _;
+    use pcap_parser::{Block, PcapBlockOwned, PcapError, PcapNGReader};
+    let file = std::fs::File::open(path).expect("the capture");
+    let mut reader = PcapNGReader::new(1 << 20, file).expect("a section");
+    let mut frames = Vec::new();
+    loop {
+        let (used, block) = match reader.next() {
+            Ok(block) => block,
+            Err(PcapError::Eof) => return frames,
+            Err(PcapError::Incomplete(_)) => {
+                reader.refill().expect("more");
+                continue;
+            }
+            Err(error) => panic!("{error:?}"),
+        };
+        if let PcapBlockOwned::NG(Block::EnhancedPacket(packet)) = block {
+            let flags = packet.options.iter().find(|it| it.code.0 == 2);
+            let flags = flags.expect("a direction").value[0];
+            frames.push((flags, packet.data[..packet.caplen as usize].to_vec()));
+        }
+        reader.consume(used);
+    }
+}
+
+#[test]
+fn a_running_card_is_captured_published_limited_and_asked() {
+    let dir = TempDir::new().expect("a folder");
+    let socket = dir.path().join("net.sock");
+    let control = dir.path().join("control.sock");
+    let _card = Card::start(
+        &socket,
+        &["--control-socket", control.to_str().expect("UTF-8")],
+    );
+    let mut guest = Guest::boot_with(dir.path(), &socket, &["socat"]);
+    guest.ok("udhcpc -i eth0 -n -q -s /lease -O mtu -O hostname");
+    let (is_ok, status) = ask(&control, &["status"]);
+    assert!(is_ok && status.contains("ipv4       10.0.2.15"), "{status}");
+
+    // A capture of a download, ended as by a user.
+    let file = dir.path().join("download.pcapng");
+    let capture = Command::new(binary("vhost-net"))
+        .args(["capture", "--control-socket"])
+        .arg(&control)
+        .arg("--write")
+        .arg(&file)
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let end = Instant::now() + PATIENCE;
+    while !file.exists() {
+        assert!(Instant::now() < end, "no capture begins");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let web_port = web(vec![7; 3_000_000]);
+    guest.ok(&format!("wget -q -O /dev/null http://10.0.2.2:{web_port}/"));
+    let pid = rustix::process::Pid::from_child(&capture);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it lives");
+    let output = capture.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("0 lost"), "{said}");
+    let frames = frames(&file);
+    // IPv4, TCP, of that port: bytes of the body, and the question.
+    let segments = |direction: u8, port_at: usize| {
+        let is_of = |frame: &&(u8, Vec<u8>)| {
+            let bytes = &frame.1;
+            frame.0 == direction
+                && bytes.len() > 54
+                && bytes[12..14] == [8, 0]
+                && bytes[23] == 6
+                && bytes[port_at..port_at + 2] == web_port.to_be_bytes()
+        };
+        frames.iter().filter(is_of).collect::<Vec<_>>()
+    };
+    let down = segments(1, 34);
+    let bytes: usize = down.iter().map(|(_, frame)| frame.len() - 54).sum();
+    assert!(bytes > 3_000_000, "{bytes} of the body");
+    // As the ring has it: one segment for many.
+    let longest = down.iter().map(|(_, frame)| frame.len()).max();
+    assert!(longest > Some(9015), "{longest:?}");
+    let up = segments(2, 36);
+    let is_question = |(_, frame): &&(u8, Vec<u8>)| frame.windows(6).any(|part| part == b"GET / ");
+    assert_eq!(up.into_iter().filter(is_question).count(), 1);
+
+    // Another one, that ends by itself.
+    let few = dir.path().join("few.pcapng");
+    let few_text = few.to_str().expect("UTF-8");
+    guest.ok("ping -i 0.2 -c 300 10.0.2.2 >/dev/null 2>&1 & true");
+    let args = ["capture", "-w", few_text, "--count", "4", "--snaplen", "64"];
+    let (is_ok, said) = ask(&control, &args);
+    assert!(is_ok && said.contains("4 frames written"), "{said}");
+    let pings = self::frames(&few);
+    assert!(pings.len() == 4 && pings.iter().all(|(_, frame)| frame.len() <= 64));
+    let args = ["capture", "-w", few_text, "--duration", "0.3"];
+    assert!(ask(&control, &args).0);
+
+    // Ports that come and go, of both kinds; the groups follow.
+    guest.ok("nc -ll -p 7777 -e cat >/dev/null 2>&1 & \
+              /sbin/socat UDP4-LISTEN:7000,fork EXEC:cat >/dev/null 2>&1 & sleep 2");
+    let (port, udp_port) = (free_port(), free_port());
+    let rules = [format!("{port}:7777"), format!("{udp_port}:7000/udp")];
+    let (is_ok, said) = ask(&control, &["publish", &rules[0], &rules[1]]);
+    assert!(
+        is_ok && said.contains(&format!("127.0.0.1:{port}:7777")),
+        "{said}"
+    );
+    let mut client = connect(port);
+    client.write_all(b"run time").expect("it takes");
+    let mut answer = [0; 8];
+    client.read_exact(&mut answer).expect("an echo");
+    assert_eq!(&answer, b"run time");
+    let datagrams = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    datagrams
+        .connect((Ipv4Addr::LOCALHOST, udp_port))
+        .expect("local");
+    datagrams
+        .set_read_timeout(Some(PATIENCE))
+        .expect("a socket");
+    for question in [&b"one"[..], b"another"] {
+        datagrams.send(question).expect("it takes");
+        let mut answer = [0; 64];
+        let len = datagrams.recv(&mut answer).expect("an echo");
+        assert_eq!(&answer[..len], question);
+    }
+    let (is_ok, again) = ask(&control, &["publish", &rules[0]]);
+    assert!(!is_ok && again.contains("already"), "{again}");
+    let (is_ok, low) = ask(&control, &["publish", "80:7777"]);
+    assert!(
+        !is_ok && low.contains("ip_unprivileged_port_start"),
+        "{low}"
+    );
+    let (is_ok, said) = ask(&control, &["publish", "--remove", &rules[0]]);
+    assert!(is_ok && !said.contains(":7777"), "{said}");
+    let refused = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect_err("it is gone");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    // What was open goes on.
+    client.write_all(b"still on").expect("it takes");
+    client.read_exact(&mut answer).expect("an echo");
+    assert_eq!(&answer, b"still on");
+
+    let (is_ok, limits) = ask(&control, &["limits", "--rx-bps", "10M", "--tx-pps", "5000"]);
+    assert!(is_ok && limits.contains("10 MiB a second"), "{limits}");
+    let (is_ok, limits) = ask(&control, &["limits", "--none"]);
+    assert!(is_ok && !limits.contains("MiB"), "{limits}");
+    let groups = dir.path().join("groups.toml");
+    let text = "interface = ['in']\n[[group]]\nid = 'in'\n[[group.ingress]]\nprotocol = 'tcp'\n\
+                ports = '22'\npeers = ['0.0.0.0/0']\n";
+    std::fs::write(&groups, text).expect("room");
+    let (is_ok, said) = ask(&control, &["groups"]);
+    assert!(is_ok && said.contains("udp 7000"), "{said}");
+    let set = ["groups", "--set", groups.to_str().expect("UTF-8")];
+    let (is_ok, said) = ask(&control, &set);
+    assert!(is_ok && said.contains("tcp 22"), "{said}");
+    let (is_ok, said) = ask(&control, &["publish", &format!("{}:9", free_port())]);
+    assert!(is_ok && said.contains("security groups"), "{said}");
+}
+
+/// A network of two: the card's end, and a router's. Prints what enters the router's.
+const NEIGHBORHOOD: &str = r#"
+set -e
+echo "0 0" > /proc/sys/net/ipv4/ping_group_range
+ip link set lo up
+ip link add vcard type veth peer name vrouter
+unshare -n sleep 3600 & router=$!
+trap 'kill $router' EXIT
+while [ "$(readlink /proc/$router/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
+ip link set vrouter netns $router
+ip addr add 192.0.2.1/24 dev vcard
+ip -6 addr add 2001:db8:1::1/64 dev vcard nodad
+ip link set vcard up
+nsenter -t $router -n sh -e -c '
+    ip addr add 192.0.2.2/24 dev vrouter
+    ip -6 addr add 2001:db8:1::2/64 dev vrouter nodad
+    ip link set vrouter up
+    echo 1 > /proc/sys/net/ipv4/ip_forward
+    echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+    ip route add 203.0.113.0/24 dev vrouter
+    ip route add unreachable 198.51.100.0/24
+    ip -6 route add 2001:db8:2::/64 dev vrouter
+'
+ip route add default via 192.0.2.2
+ip -6 route add default via 2001:db8:1::2
+"$@" &
+echo "card $!"
+# Until nobody listens any more.
+cat >/dev/null
+kill $!
+"#;
+
+#[test]
+fn ping_and_traceroute_go_beyond_the_card_and_say_who_refuses() {
+    let dir = TempDir::new().expect("a folder");
+    let socket = dir.path().join("net.sock");
+    let control = dir.path().join("control.sock");
+    let mut outside = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--net", "sh", "-c"])
+        .args([NEIGHBORHOOD, "sh"])
+        .arg(binary("vhost-net"))
+        .args(["serve", "--seccomp", "kill", "--socket-path"])
+        .arg(&socket)
+        .arg("--control-socket")
+        .arg(&control)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("unshare");
+    let mut said = BufReader::new(outside.stdout.take().expect("piped"));
+    let mut line = String::new();
+    said.read_line(&mut line).expect("the card's number");
+    let pid = line
+        .trim()
+        .strip_prefix("card ")
+        .expect("no namespaces here");
+    let pid = pid.to_owned();
+    let end = Instant::now() + PATIENCE;
+    while !socket.exists() {
+        assert!(Instant::now() < end, "the card does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut guest = Guest::boot(dir.path(), &socket);
+    guest.ok("udhcpc -i eth0 -n -q -s /lease -O mtu -O hostname");
+    guest.ok("ping -c 2 -W 5 192.0.2.2");
+    guest.ok("ping -c 1 -W 5 -s 4000 192.0.2.2");
+    // The address comes by DHCPv6 or advertisement in its own time.
+    guest.ok("echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad; \
+         n=0; until ip -6 route | grep -q default || [ $n -gt 60 ]; do n=$((n+1)); sleep 1; done");
+    guest.ok(
+        "ip -6 addr show eth0 | grep -q fd00 || ip -6 addr add fd00:0:0:2::15/64 dev eth0 nodad",
+    );
+    guest.ok("ping6 -c 2 -W 5 2001:db8:1::2");
+
+    // The router says so, and the guest knows who that is.
+    let trace = guest.ok("traceroute -n -w 5 -q 1 -m 2 203.0.113.9");
+    assert!(trace.contains(" 1  10.0.2.2 "), "{trace}");
+    assert!(trace.contains(" 2  192.0.2.2 "), "{trace}");
+    let trace = guest.ok("traceroute -n -I -w 5 -q 1 -m 2 203.0.113.9");
+    assert!(trace.contains(" 2  192.0.2.2 "), "{trace}");
+    let (late, _) = guest.run("ping -c 1 -W 5 -t 2 203.0.113.9");
+    assert!(late.contains("ICMP 11"), "{late}");
+    let (no_way, _) = guest.run("ping -c 1 -W 5 198.51.100.1");
+    assert!(no_way.contains("ICMP 3"), "{no_way}");
+    let trace6 = guest.ok("traceroute6 -n -w 5 -q 1 -m 2 2001:db8:2::9");
+    assert!(trace6.contains(" 2  2001:db8:1::2 "), "{trace6}");
+
+    // From now on the host forbids it.
+    let forbid = "echo '1 0' > /proc/sys/net/ipv4/ping_group_range";
+    let done = Command::new("nsenter")
+        .args(["--user", "--net", "--preserve-credentials", "-t", &pid])
+        .args(["sh", "-c", forbid])
+        .status();
+    assert!(done.expect("nsenter").success());
+    let (refused, status) = guest.run("ping -c 1 -W 5 192.0.2.2");
+    assert!(status != 0 && refused.contains("ICMP 3"), "{refused}");
+    let mut client = ControlClient::connect(&control).expect("the control socket");
+    let stats = client.call("stats", json!(null)).expect("an answer");
+    assert_eq!(stats["pings_forbidden"][0]["value"], json!(1), "{stats}");
+    drop(outside.stdin.take());
+    assert!(outside.wait().expect("it ends").success());
 }
 
 fn connect(port: u16) -> TcpStream {

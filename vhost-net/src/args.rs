@@ -13,8 +13,12 @@ use crate::host::publish::Rule;
 use crate::spec::{Ipv4, Ipv6, MTU_MAX, MTU_MIN, Spec};
 
 mod limits;
+mod operate;
+mod policy;
 
 pub use limits::LimitArgs;
+pub use operate::{CaptureArgs, ControlArgs, GroupsArgs, LimitsArgs, PublishArgs, StatusArgs};
+pub use policy::PolicyArgs;
 
 /// Most queue pairs.
 const PAIRS_MAX: u16 = 1;
@@ -39,6 +43,16 @@ pub struct Cli {
 pub enum Command {
     /// Serve a network interface to a virtual machine
     Serve(Box<ServeArgs>),
+    /// Say what the interface of a running card is
+    Status(StatusArgs),
+    /// Write the frames that pass a running card to a file, as pcapng for tshark or tcpdump -r
+    Capture(CaptureArgs),
+    /// Tell which ports of the host lead into the guest, or lead more or fewer
+    Publish(PublishArgs),
+    /// Tell what a running interface may carry, or change it
+    Limits(Box<LimitsArgs>),
+    /// Tell the security groups of a running card with their rules' counts, or replace them
+    Groups(GroupsArgs),
 }
 
 /// `serve`.
@@ -79,6 +93,9 @@ pub struct ServeArgs {
     /// What it may carry.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// What policy is told.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
     /// Write a flow log (version 2) to this file, which rotates to FILE.1, FILE.2 and so on
     #[arg(long, value_name = "FILE")]
     pub flow_log: Option<PathBuf>,
@@ -236,8 +253,15 @@ mod tests {
             .map_err(|error| error.to_string())
     }
 
+    fn serve(args: &str) -> Box<ServeArgs> {
+        match parse(args).unwrap().command {
+            Command::Serve(serve) => serve,
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn spec(args: &str) -> Spec {
-        let Command::Serve(serve) = parse(&format!("serve --fd 3 {args}")).unwrap().command;
+        let serve = serve(&format!("serve --fd 3 {args}"));
         serve.interface.spec(Vec::new())
     }
 
@@ -265,7 +289,7 @@ mod tests {
     #[test]
     fn limits_are_of_a_direction_and_may_burst() {
         let args = "serve --fd 3 --rx-bps 1M --rx-bps-burst 2M:5 --tx-pps 100";
-        let Command::Serve(serve) = parse(args).unwrap().command;
+        let serve = serve(args);
         let spec = serve.limits.spec();
         let burst = offload::limit::Burst {
             rate: 2 << 20,
@@ -279,6 +303,22 @@ mod tests {
             (spec.rx.pps, spec.tx.pps, spec.tx.bps),
             (None, Some(100), None)
         );
+    }
+
+    #[test]
+    fn timeouts_are_those_of_a_vpc_unless_told_otherwise() {
+        let policy = serve("serve --fd 3").policy;
+        assert_eq!(policy.options(), crate::policy::PolicyOptions::default());
+        let args = "serve --fd 3 --flow-timeout tcp-established=3600 --flow-timeout icmp=5 \
+                    --tracked-flows 100 --neighbor db=10.0.2.20,fd00::20";
+        let policy = serve(args).policy;
+        let options = policy.options();
+        assert_eq!(options.flows, 100);
+        let timeouts = options.timeouts;
+        assert_eq!(timeouts.tcp_established, 3600);
+        assert_eq!((timeouts.icmp, timeouts.udp_stream), (5, 180));
+        let (name, addresses) = &policy.neighbor[0];
+        assert_eq!((name.as_str(), addresses.len()), ("db", 2));
     }
 
     #[test]
@@ -296,8 +336,24 @@ mod tests {
             ("--rx-bps-burst 3M", "--rx-bps"),
             ("--tx-pps 3 --tx-pps-burst x", "N:SECONDS"),
             ("--flow-log-keep 3", "--flow-log"),
+            ("--flow-timeout tcp=3", "tcp-established"),
+            ("--flow-timeout udp=0", "31536000"),
+            ("--neighbor db", "NAME=ADDRESS"),
+            ("--neighbor db=10.0.2", "NAME=ADDRESS"),
         ] {
             let error = parse(&format!("serve --fd 3 {wrong}")).unwrap_err();
+            assert!(error.contains(hint), "{wrong}: {error}");
+        }
+        for (wrong, hint) in [
+            ("capture --control-socket s", "--write"),
+            ("capture --write -", "--control-socket"),
+            ("capture --control-socket s -w - --snaplen 63", "64"),
+            ("capture --control-socket s -w - --duration 0", "0.5"),
+            ("capture --control-socket s -w - --count 0", "count"),
+            ("publish --control-socket s 80", "GUESTPORT"),
+            ("limits --control-socket s --rx-bps-burst 3M", "--rx-bps"),
+        ] {
+            let error = parse(wrong).unwrap_err();
             assert!(error.contains(hint), "{wrong}: {error}");
         }
     }

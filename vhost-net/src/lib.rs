@@ -25,13 +25,15 @@
 //! | [`device`] | the virtio-net device: features, queue pairs |
 //! | [`local`] | what the services and the policy look like from the data path |
 //! | [`services`] | ARP, ND, DHCP, DHCPv6, DNS, metadata, ping: what the card itself is on the link |
+//! | [`capture`] | frames of a running interface, for whoever asks for them |
 //! | [`metrics`] | what services and policy count, as the control socket shows it |
 //! | [`policy`] | source check, security groups, connection tracking, flow log, capture format |
 //!
-//! Everything but [`device`] and [`host`] is free of I/O: it takes bytes and a `now` and returns
+//! Everything but [`device`], [`host`] and [`capture`] is free of I/O: it takes bytes and a `now` and returns
 //! frames and wishes.
 
 pub mod args;
+pub mod capture;
 pub mod card;
 pub mod commands;
 pub mod device;

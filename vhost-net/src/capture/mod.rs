@@ -81,7 +81,7 @@ pub enum CaptureError {
 pub struct Tap {
     is_wanted: AtomicBool,
     captures: Mutex<Vec<Arc<Capture>>>,
-    /// Captures whose threads have not ended.
+    /// Captures whose memory is not given back.
     writers: AtomicUsize,
     captured: Arc<Counter>,
     dropped: Arc<Counter>,
@@ -114,7 +114,7 @@ impl Tap {
     ///
     /// # Errors
     /// See [`CaptureError`].
-    pub fn begin(&self, wanted: Wanted) -> Result<Arc<Capture>, CaptureError> {
+    pub fn begin(self: &Arc<Self>, wanted: Wanted) -> Result<Running, CaptureError> {
         if !(SNAPLEN_MIN..=pcap::SNAPLEN).contains(&wanted.snaplen) {
             return Err(CaptureError::Snaplen);
         }
@@ -127,7 +127,10 @@ impl Tap {
         self.writers.fetch_add(1, Ordering::AcqRel);
         captures.push(Arc::clone(&capture));
         self.is_wanted.store(true, Ordering::Relaxed);
-        Ok(capture)
+        Ok(Running {
+            tap: Arc::clone(self),
+            capture,
+        })
     }
 
     /// No more frames for this one.
@@ -136,12 +139,6 @@ impl Tap {
         captures.retain(|other| !Arc::ptr_eq(other, capture));
         self.is_wanted
             .store(!captures.is_empty(), Ordering::Relaxed);
-    }
-
-    /// Its memory and its thread are gone.
-    fn forget(&self, capture: &Arc<Capture>) {
-        self.end(capture);
-        self.writers.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Waits until all captures have told their clients the rest, or `patience` is over.
@@ -179,6 +176,27 @@ impl Tap {
     }
 }
 
+/// A capture that takes frames, until this is dropped.
+#[derive(Debug)]
+pub struct Running {
+    tap: Arc<Tap>,
+    capture: Arc<Capture>,
+}
+
+impl Running {
+    /// No more frames.
+    fn end(&self) {
+        self.tap.end(&self.capture);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end();
+        self.tap.writers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Pending {
     bytes: Vec<u8>,
@@ -189,7 +207,7 @@ struct Pending {
 
 /// One capture: what waits for its client.
 #[derive(Debug)]
-pub struct Capture {
+struct Capture {
     snaplen: u32,
     pending: Mutex<Pending>,
     /// Readable when something waits.
@@ -208,12 +226,6 @@ impl Capture {
             pending: Mutex::new(pending),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
-    }
-
-    /// Bytes of each frame that are kept.
-    #[must_use]
-    pub fn snaplen(&self) -> u32 {
-        self.snaplen
     }
 
     /// Takes a frame, if there is room.

@@ -2,45 +2,33 @@
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 
 use offload::stop::StopSignal;
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::{BUFFER_MAX, Capture, Tap};
+use super::{BUFFER_MAX, Capture, Running};
 use crate::policy::pcap;
 
 /// Sends a capture to `stream`, which does not block, until its client says that it has enough (it
 /// shuts down its half) or is gone, or until `stop`. `interface` is its name in the stream.
-pub fn spawn(
-    tap: Arc<Tap>,
-    capture: Arc<Capture>,
-    stream: UnixStream,
-    interface: &str,
-    stop: StopSignal,
-) {
-    let header = pcap::header(interface, capture.snaplen());
-    let made = std::thread::Builder::new().name("capture".to_owned()).spawn({
-        let (tap, capture) = (Arc::clone(&tap), Arc::clone(&capture));
-        move || {
-            // The client is gone, and knows.
-            let _ = send(&tap, &capture, &stream, header, &stop);
-            tap.forget(&capture);
-        }
-    });
+pub fn spawn(running: Running, stream: UnixStream, interface: &str, stop: StopSignal) {
+    let header = pcap::header(interface, running.capture.snaplen);
+    let thread = std::thread::Builder::new().name("capture".to_owned());
+    // An error of `send`: the client is gone, and knows. One of `spawn` drops the stream, so that
+    // the client is hung up on.
+    let made = thread.spawn(move || send(&running, &stream, header, &stop));
     if let Err(error) = made {
-        tracing::error!(%error, "no thread for a capture: its client is hung up on");
-        tap.forget(&capture);
+        tracing::error!(%error, "there is no thread for a capture");
     }
 }
 
 fn send(
-    tap: &Tap,
-    capture: &Arc<Capture>,
+    running: &Running,
     mut stream: &UnixStream,
     header: Vec<u8>,
     stop: &StopSignal,
 ) -> io::Result<()> {
+    let capture = &running.capture;
     let mut out = header;
     out.reserve(BUFFER_MAX);
     let mut sent = 0;
@@ -81,7 +69,7 @@ fn send(
             is_ended = true;
         }
         if is_ended {
-            tap.end(capture);
+            running.end();
         }
     }
 }

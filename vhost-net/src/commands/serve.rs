@@ -4,27 +4,28 @@
 //! then the sandbox, then threads and frontends.
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use offload::control::{ControlError, ControlServer};
+use offload::control::ControlServer;
 use offload::sandbox::Sandbox;
 use offload::stop::StopSignal;
 use offload::telemetry::Registry;
 use offload::vhost_user::Backend;
-use serde_json::json;
 
+use super::control::{self, Facts};
+use super::read_toml;
 use crate::args::ServeArgs;
 use crate::device::NetDevice;
-use crate::device::limits::LimitsSpec;
-use crate::host::publish::{Published, Transport};
+use crate::device::publisher::{Publisher, default_groups};
+use crate::host::may_ping;
 use crate::locals::{FlowLogOptions, LocalOptions};
 use crate::policy::SharedRules;
 use crate::policy::flowfile::FlowFile;
 use crate::policy::flowlog::Identity;
-use crate::policy::groups::GroupsSpec;
 use crate::services::imds::{Imds, MetadataSpec, interface_id};
 use crate::spec::Spec;
 use crate::stack::Settings;
@@ -32,6 +33,9 @@ use crate::stack::Settings;
 const NAME: &str = "vhost-net";
 /// Descriptors that are not flows': queues, memory, logs.
 const SPARE_DESCRIPTORS: u64 = 512;
+
+/// How long captures may take to tell their clients the rest, in the end.
+const CAPTURES_END: Duration = Duration::from_millis(500);
 
 /// The calls that make the host's sockets, which no other card makes.
 const SOCKET_CALLS: &[i64] = &[
@@ -45,9 +49,12 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     // First of all: what is at the number of --fd belongs to us before anything else is opened.
     let listener = args.socket.open()?;
     let spec = args.interface.spec(resolvers());
+    let timeouts = args.policy.options().timeouts;
     let settings = Settings {
         flows_max: args.flows as usize,
         host_loopback: args.map_host_loopback.clone(),
+        udp_one_way: Duration::from_secs(timeouts.udp.into()),
+        udp_stream: Duration::from_secs(timeouts.udp_stream.into()),
         ..Settings::default()
     };
     let (local, flow_log) = local(args, &spec)?;
@@ -56,24 +63,50 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     device
         .set_limits(limits)
         .context("the limits cannot be kept")?;
+    let has_default_groups = args.security_groups.is_none();
+    let publisher = Arc::new(Publisher::new(Arc::clone(&device), has_default_groups));
     for rule in &args.publish {
-        let port = Published::open(*rule).with_context(|| format!("cannot publish {rule}"))?;
-        device.publish(|ports| ports.push(Arc::new(port)));
+        let port = publisher.add(*rule);
+        port.with_context(|| format!("cannot publish {rule}"))?;
     }
     let registry = Registry::new("vhost_net");
     device.register(&registry);
     if let Some(file) = &flow_log {
         file.stats().register(&registry);
     }
-    let control = args
-        .control_socket
-        .as_deref()
-        .map(|path| control(path, &registry, &device))
-        .transpose()?;
+    let may_ping_now = Arc::new(AtomicBool::new(true));
+    registry.gauge(
+        "ping_allowed",
+        "Whether the host gives the card echo sockets (net.ipv4.ping_group_range)",
+        Vec::new(),
+        {
+            let may_ping = Arc::clone(&may_ping_now);
+            move || may_ping.load(Ordering::Relaxed).into()
+        },
+    );
     let stop = StopSignal::from_signals().context("cannot wait for signals")?;
+    let control = args.control_socket.as_deref().map(|path| {
+        let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), &registry)?;
+        let facts = Facts {
+            device: Arc::clone(&device),
+            publisher: Arc::clone(&publisher),
+            may_ping: Arc::clone(&may_ping_now),
+            stop: stop.clone(),
+        };
+        anyhow::Ok(control::methods(server, facts))
+    });
+    let control = control.transpose()?;
 
     let report = sandbox(args).context("cannot set up the sandbox")?;
     tracing::info!("sandboxed: {report}");
+    // As the user that it is now.
+    if !may_ping() {
+        may_ping_now.store(false, Ordering::Relaxed);
+        tracing::warn!(
+            "the guest cannot ping beyond the card: the host's net.ipv4.ping_group_range leaves out \
+             this group; sysctl net.ipv4.ping_group_range='0 2147483647' lets everybody"
+        );
+    }
 
     let control = control
         .map(|server| server.spawn(stop.clone()))
@@ -86,6 +119,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     drop(backend);
     drop(flow_log);
     drop(control);
+    device.tap().wait_ended(CAPTURES_END);
     Ok(served?)
 }
 
@@ -93,17 +127,7 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
 fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<(LocalOptions, Option<FlowFile>)> {
     let groups = match &args.security_groups {
         Some(path) => read_toml(path)?,
-        None => {
-            let mut groups = GroupsSpec::default();
-            for rule in &args.publish {
-                let protocol = match rule.transport {
-                    Transport::Tcp => "tcp",
-                    Transport::Udp => "udp",
-                };
-                groups.allow_published(protocol, rule.guest_port);
-            }
-            groups
-        }
+        None => default_groups(args.publish.iter().copied()),
     };
     let rules = SharedRules::new(groups).context("the security groups are wrong")?;
     let mut metadata = match &args.metadata {
@@ -126,6 +150,8 @@ fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<(LocalOptions, Option<
     let flow_log = args.flow_log.as_ref().map(open).transpose()?;
     let options = LocalOptions {
         rules: Some(Arc::new(rules)),
+        policy: args.policy.options(),
+        peers: args.policy.neighbor.clone(),
         imds: Some(Arc::new(imds)),
         flow_log: flow_log.as_ref().map(|file| FlowLogOptions {
             feed: file.feed(),
@@ -134,12 +160,6 @@ fn local(args: &ServeArgs, spec: &Spec) -> anyhow::Result<(LocalOptions, Option<
         ..LocalOptions::default()
     };
     Ok((options, flow_log))
-}
-
-fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    toml::from_str(&text).with_context(|| format!("{} is wrong", path.display()))
 }
 
 fn describe(device: &NetDevice) -> String {
@@ -162,63 +182,6 @@ fn resolvers() -> Vec<IpAddr> {
     let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let server = |line: &str| line.trim().strip_prefix("nameserver")?.trim().parse().ok();
     text.lines().filter_map(server).collect()
-}
-
-fn control(
-    path: &Path,
-    registry: &Registry,
-    device: &Arc<NetDevice>,
-) -> anyhow::Result<ControlServer> {
-    let server = ControlServer::bind(path, NAME, env!("CARGO_PKG_VERSION"), registry)?;
-    let about = Arc::clone(device);
-    let server = server.method("security_groups", {
-        let device = Arc::clone(device);
-        move |_| {
-            let rules = device.rules().ok_or_else(no_groups)?;
-            Ok(json!({ "spec": rules.spec(), "rules": rules.report() }))
-        }
-    });
-    let server = server.method("set_security_groups", {
-        let device = Arc::clone(device);
-        move |params| {
-            let rules = device.rules().ok_or_else(no_groups)?;
-            let spec: GroupsSpec = serde_json::from_value(params)
-                .map_err(|error| ControlError::bad_params(error.to_string()))?;
-            rules
-                .replace(spec)
-                .map_err(|error| ControlError::bad_params(error.to_string()))?;
-            Ok(json!({ "rules": rules.report() }))
-        }
-    });
-    let server = server.method("limits", {
-        let device = Arc::clone(device);
-        move |params| {
-            if !params.is_null() {
-                let spec: LimitsSpec = serde_json::from_value(params)
-                    .map_err(|error| ControlError::bad_params(error.to_string()))?;
-                device
-                    .set_limits(spec)
-                    .map_err(|error| ControlError::bad_params(error.to_string()))?;
-            }
-            Ok(json!(device.limits()))
-        }
-    });
-    Ok(server.method("interface", move |_| {
-        let spec = about.spec();
-        Ok(json!({
-            "mac": spec.mac.to_string(),
-            "ipv4": spec.v4.map(|v4| v4.address.to_string()),
-            "ipv6": spec.v6.map(|v6| v6.address.to_string()),
-            "mtu": spec.mtu,
-            "published": about.publish(|ports| {
-                ports.iter().map(ToString::to_string).collect::<Vec<_>>()
-            }),
-        }))
-    }))
-}
-
-fn no_groups() -> ControlError {
-    ControlError::failed("this card has no security groups")
 }
 
 fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {

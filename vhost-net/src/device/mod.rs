@@ -22,6 +22,7 @@ use offload::telemetry::{QueueStats, Registry};
 use offload::worker::Waker;
 use virtio_bindings::virtio_net;
 
+use crate::capture::Tap;
 use crate::card::{Card, CardStats};
 use crate::host::HostSockets;
 use crate::host::publish::Published;
@@ -31,6 +32,7 @@ use crate::stack::{Accepts, Settings, Stack};
 
 pub mod limits;
 mod pair;
+pub mod publisher;
 mod rings;
 
 use limits::{Limits, LimitsError, LimitsSpec};
@@ -97,6 +99,8 @@ pub(crate) struct Shared {
     /// What services and policy are told.
     pub(crate) local: LocalOptions,
     pub(crate) limits: Limits,
+    /// Where captures get frames from.
+    pub(crate) tap: Arc<Tap>,
     pub(crate) acked: AtomicU64,
     /// Grows when rings start anew: what belongs to an older one is over.
     pub(crate) session: AtomicU64,
@@ -125,6 +129,7 @@ impl NetDevice {
                 stats: Arc::default(),
                 local,
                 limits: Limits::default(),
+                tap: Arc::default(),
                 acked: AtomicU64::new(0),
                 session: AtomicU64::new(0),
                 published: Mutex::default(),
@@ -152,6 +157,12 @@ impl NetDevice {
     #[must_use]
     pub fn rules(&self) -> Option<&Arc<crate::policy::SharedRules>> {
         self.shared.local.rules.as_ref()
+    }
+
+    /// Where captures get frames from.
+    #[must_use]
+    pub fn tap(&self) -> &Arc<Tap> {
+        &self.shared.tap
     }
 
     /// What it may carry.
@@ -183,8 +194,15 @@ impl NetDevice {
         }
         self.shared.stats.register(registry);
         self.shared.limits.register(registry);
+        self.shared.tap.register(registry);
         let local = &self.shared.local;
         local.metrics.register(registry, local.imds.as_ref());
+    }
+
+    /// Looks at the published ports.
+    pub fn published<R>(&self, look: impl FnOnce(&[Arc<Published>]) -> R) -> R {
+        let published = &self.shared.published;
+        look(&published.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Exchanges the published ports; `change` gets those in force.

@@ -24,6 +24,7 @@ use crate::frame::FRAME_MAX;
 use crate::frame::header::{HEADER_LEN, NetHeader};
 use crate::host::publish::Transport;
 use crate::host::{Happened, HostSockets};
+use crate::local::Direction;
 use crate::locals::LocalSide;
 use crate::stack::Host;
 
@@ -161,6 +162,7 @@ impl Pair {
                 stats: &self.rx_stats,
                 overruns: &self.shared.stats.overruns,
                 gate: &mut self.rx_gate,
+                tap: &self.shared.tap,
             };
             let (now, host) = (self.now, &mut self.host);
             self.card.answered(token, payload, now, &mut wire, host);
@@ -197,6 +199,7 @@ impl Pair {
                         stats: &self.rx_stats,
                         overruns: &self.shared.stats.overruns,
                         gate: &mut self.rx_gate,
+                        tap: &self.shared.tap,
                     };
                     self.card.datagram_in(
                         at,
@@ -223,6 +226,7 @@ impl Pair {
             return;
         };
         self.tx_stats.bytes_written.add(frame.len() as u64);
+        self.shared.tap.frame(Direction::Out, frame);
         let mut wire = RxWire {
             queue: self.rx,
             io,
@@ -231,6 +235,7 @@ impl Pair {
             stats: &self.rx_stats,
             overruns: &self.shared.stats.overruns,
             gate: &mut self.rx_gate,
+            tap: &self.shared.tap,
         };
         self.card
             .from_guest(&header, frame, self.now, &mut wire, &mut self.host);
@@ -282,6 +287,7 @@ impl QueueHandler for Pair {
             stats: &self.rx_stats,
             overruns: &self.shared.stats.overruns,
             gate: &mut self.rx_gate,
+            tap: &self.shared.tap,
         };
         wire.flush();
         self.card.run(self.now, &mut wire, &mut self.host);

@@ -17,7 +17,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Negotiated;
 use super::limits::RxGate;
+use crate::capture::Tap;
 use crate::frame::header::{HEADER_LEN, NetHeader};
+use crate::local::Direction;
 use crate::stack::Wire;
 
 /// Frames that wait for buffers, at most; behind that they are dropped and counted. The stack
@@ -85,6 +87,7 @@ pub(super) struct RxWire<'a, 'io> {
     pub(super) stats: &'a QueueStats,
     pub(super) overruns: &'a Counter,
     pub(super) gate: &'a mut RxGate,
+    pub(super) tap: &'a Tap,
 }
 
 impl RxWire<'_, '_> {
@@ -163,6 +166,7 @@ impl RxWire<'_, '_> {
             self.io.complete(chain.token, written);
         }
         self.stats.bytes_read.add(frame.len() as u64);
+        self.tap.frame(Direction::In, frame);
         true
     }
 }

@@ -22,9 +22,12 @@ use rustix::net::{
 };
 
 use crate::local::Outgoing;
-use crate::stack::{Event, Host, Kind};
+use crate::stack::{Event, Host, Kind, Report};
 
+mod path;
 pub mod publish;
+
+pub use path::may_ping;
 
 use publish::{Published, Transport};
 
@@ -59,7 +62,9 @@ pub struct HostSockets {
     epoll: OwnedFd,
     sockets: Vec<Option<Socket>>,
     serial: u32,
-    published: Vec<Option<Arc<Published>>>,
+    /// By numbers that are never used again: a flow of datagrams remembers its port's.
+    published: HashMap<usize, Arc<Published>>,
+    published_next: usize,
     asked: HashMap<u64, OwnedFd>,
 }
 
@@ -92,7 +97,8 @@ impl HostSockets {
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             sockets: Vec::new(),
             serial: 0,
-            published: Vec::new(),
+            published: HashMap::new(),
+            published_next: 0,
             asked: HashMap::new(),
         })
     }
@@ -180,32 +186,26 @@ impl HostSockets {
 
     /// Watches these published ports, and no others.
     pub fn publish(&mut self, ports: &[Arc<Published>]) {
-        for old in self.published.iter().flatten() {
-            if !ports.iter().any(|new| Arc::ptr_eq(new, old)) {
-                let _ = epoll::delete(&self.epoll, old.fd());
+        let epoll = &self.epoll;
+        self.published.retain(|_, old| {
+            let is_kept = ports.iter().any(|new| Arc::ptr_eq(new, old));
+            if !is_kept {
+                let _ = epoll::delete(epoll, old.fd());
             }
-        }
-        for place in &mut self.published {
-            let is_kept = |old: &Arc<Published>| ports.iter().any(|new| Arc::ptr_eq(new, old));
-            place.take_if(|old| !is_kept(old));
-        }
+            is_kept
+        });
         for new in ports {
-            let is_known = |old: &Arc<Published>| Arc::ptr_eq(new, old);
-            if self.published.iter().flatten().any(is_known) {
+            if self.published.values().any(|old| Arc::ptr_eq(new, old)) {
                 continue;
             }
-            let free = self.published.iter().position(Option::is_none);
-            let at = free.unwrap_or(self.published.len());
+            let at = self.published_next;
+            self.published_next += 1;
             let data = EventData::new_u64(PUBLISHED | at as u64);
-            let flags = EventFlags::IN;
-            if let Err(error) = epoll::add(&self.epoll, new.fd(), data, flags) {
+            if let Err(error) = epoll::add(&self.epoll, new.fd(), data, EventFlags::IN) {
                 tracing::error!(%error, "cannot watch the published port {new}");
                 continue;
             }
-            match self.published.get_mut(at) {
-                Some(place) => *place = Some(Arc::clone(new)),
-                None => self.published.push(Some(Arc::clone(new))),
-            }
+            self.published.insert(at, Arc::clone(new));
         }
     }
 
@@ -228,7 +228,7 @@ impl HostSockets {
     /// A published port by its number in [`Happened::Published`].
     #[must_use]
     pub fn published(&self, at: usize) -> Option<Arc<Published>> {
-        self.published.get(at).cloned().flatten()
+        self.published.get(&at).cloned()
     }
 }
 
@@ -255,7 +255,7 @@ impl Host for HostSockets {
             (Kind::Udp { .. }, SocketAddr::V6(_)) => {
                 sockopt::set_ipv6_mtu_discover(&fd, Ipv6PathMtuDiscovery::DO)?;
             }
-            (Kind::Ping, _) => {}
+            (Kind::Ping, to) => path::keep_errors(&fd, to.is_ipv4())?,
         }
         match rustix::net::connect(&fd, &to) {
             Ok(()) => {}
@@ -324,6 +324,16 @@ impl Host for HostSockets {
 
     fn forget(&mut self, token: u64) {
         self.asked.remove(&token);
+    }
+
+    fn set_hops(&mut self, flow: usize, is_v4: bool, hops: u8) -> io::Result<()> {
+        let fd = self.fd(flow)?;
+        path::keep_errors(fd, is_v4)?;
+        path::set_hops(fd, is_v4, hops)
+    }
+
+    fn report(&mut self, flow: usize) -> Option<Report> {
+        path::take_error(self.fd(flow).ok()?)
     }
 
     fn path_mtu(&mut self, flow: usize) -> Option<u32> {

@@ -10,6 +10,8 @@ use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrAny, SocketFlags, SocketType, ipproto, sockopt,
 };
 
+/// Ports that may be published at once.
+pub const PUBLISHED_MAX: usize = 256;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
@@ -77,6 +79,49 @@ impl fmt::Display for Rule {
     }
 }
 
+/// Why a port is not published, or still is.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// Somebody else has it.
+    #[error("{} is taken on the host; choose another port, or 0 for any", .0.host)]
+    Taken(Rule),
+    /// This one has it.
+    #[error("{} leads into the guest already; remove that first", .0.host)]
+    Twice(Rule),
+    /// A low one.
+    #[error(
+        "port {} needs root (or a lower net.ipv4.ip_unprivileged_port_start), which a card that \
+         serves has given up; choose a higher port, or publish it when the card starts as root",
+        .0.host.port()
+    )]
+    Privileged(Rule),
+    /// Not an address of the host's.
+    #[error("the host has no address {}", .0.host.ip())]
+    NotHere(Rule),
+    /// There are enough.
+    #[error("{PUBLISHED_MAX} ports are published already; remove one first")]
+    TooMany,
+    /// There is none to remove.
+    #[error("{0} is not published")]
+    Missing(Rule),
+    /// The kernel says something else.
+    #[error("cannot listen on {}", .0.host)]
+    Listen(Rule, #[source] io::Error),
+}
+
+impl PublishError {
+    fn new(rule: Rule, error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::AddrInUse => Self::Taken(rule),
+            io::ErrorKind::PermissionDenied if (1..1024).contains(&rule.host.port()) => {
+                Self::Privileged(rule)
+            }
+            io::ErrorKind::AddrNotAvailable => Self::NotHere(rule),
+            _ => Self::Listen(rule, error),
+        }
+    }
+}
+
 /// A rule in force.
 #[derive(Debug)]
 pub struct Published {
@@ -94,8 +139,12 @@ impl Published {
     /// Listens. A host port of 0 lets the kernel choose; [`Self::rule`] has the choice.
     ///
     /// # Errors
-    /// The kernel's: the port is taken, or low ports are not for us.
-    pub fn open(rule: Rule) -> io::Result<Self> {
+    /// See [`PublishError`].
+    pub fn open(rule: Rule) -> Result<Self, PublishError> {
+        Self::listen(rule).map_err(|error| PublishError::new(rule, error))
+    }
+
+    fn listen(rule: Rule) -> io::Result<Self> {
         let family = match rule.host {
             SocketAddr::V4(_) => AddressFamily::INET,
             SocketAddr::V6(_) => AddressFamily::INET6,
@@ -193,6 +242,9 @@ mod tests {
     fn a_port_that_is_taken_is_an_error() {
         let first = Published::open("0:80".parse().unwrap()).unwrap();
         assert_ne!(first.rule().host.port(), 0);
-        assert!(Published::open(first.rule()).is_err());
+        let error = Published::open(first.rule()).unwrap_err();
+        assert!(matches!(error, PublishError::Taken(_)), "{error}");
+        let error = Published::open("192.0.2.1:0:80".parse().unwrap()).unwrap_err();
+        assert!(matches!(error, PublishError::NotHere(_)), "{error}");
     }
 }

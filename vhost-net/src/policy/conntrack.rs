@@ -84,6 +84,35 @@ impl Default for Timeouts {
     }
 }
 
+impl Timeouts {
+    /// The names of all of them.
+    pub const KINDS: [&str; 8] = [
+        "tcp-opening",
+        "tcp-established",
+        "tcp-half-closed",
+        "tcp-closed",
+        "udp",
+        "udp-stream",
+        "icmp",
+        "other",
+    ];
+
+    /// One of them by its name.
+    pub fn of(&mut self, kind: &str) -> Option<&mut u32> {
+        Some(match kind {
+            "tcp-opening" => &mut self.tcp_opening,
+            "tcp-established" => &mut self.tcp_established,
+            "tcp-half-closed" => &mut self.tcp_half_closed,
+            "tcp-closed" => &mut self.tcp_closed,
+            "udp" => &mut self.udp,
+            "udp-stream" => &mut self.udp_stream,
+            "icmp" => &mut self.icmp,
+            "other" => &mut self.other,
+            _ => return None,
+        })
+    }
+}
+
 /// The table cannot take another flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableFull;

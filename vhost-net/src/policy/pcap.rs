@@ -270,9 +270,9 @@ mod tests {
         assert_eq!(kinds, [0x0a0d_0d0a, 1, PACKET, STATISTICS]);
         assert_eq!(last, Some((9, 2)));
         assert_eq!(Block::read(&[0xff; 12]), Err(NoBlock));
-        let (_, blocks) = pcap_parser::parse_pcapng(&stream).map(|(rest, it)| (rest, it.blocks)).unwrap();
-        let Some(Block2::InterfaceStatistics(it)) = blocks.last() else {
-            panic!("{blocks:?}");
+        let (_, capture) = pcap_parser::parse_pcapng(&stream).unwrap();
+        let Some(Block2::InterfaceStatistics(it)) = capture.sections[0].blocks.last() else {
+            panic!("{capture:?}");
         };
         let option = |code| it.options.iter().find(|option| option.code.0 == code);
         assert_eq!(option(4).unwrap().value[..8], 9_u64.to_le_bytes());

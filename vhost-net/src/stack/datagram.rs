@@ -6,14 +6,20 @@
 //!
 //! Echo goes through unprivileged ping sockets (`SOCK_DGRAM`, `IPPROTO_ICMP`), to which the kernel
 //! gives an identifier of its own: the guest's is put back into replies. A kernel that does not let
-//! us (`net.ipv4.ping_group_range`) makes pings go unanswered; that is counted.
+//! us (`net.ipv4.ping_group_range`) makes the card answer that it is prohibited; that is counted.
+//!
+//! The card is a router: it takes one off the hop limit and says so when none is left. A short hop
+//! limit is the socket's too, and what routers on the way then say is handed to the guest as it
+//! came, so traceroute works by UDP and by echo. Longer ones are left to the host: a system call a
+//! packet for nothing.
 
 use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{
-    Bench, Event, Flow, Host, Kind, Route, Stack, Turn, Unreachable, Wire, emit, unreachable,
+    Bench, Event, Flow, Host, Kind, Report, Route, Stack, Turn, Unreachable, Wire, emit,
+    unreachable,
 };
 use crate::frame::header::NetHeader;
 use crate::frame::{ETHERNET_LEN, FRAME_MAX, Frame, ICMP, Packet, UDP};
@@ -25,6 +31,11 @@ pub const UDP_ONE_WAY: Duration = Duration::from_secs(30);
 pub const UDP_STREAM: Duration = Duration::from_secs(180);
 /// How long echo requests are waited for.
 const PING: Duration = Duration::from_secs(30);
+
+/// The longest way that is the guest's to choose: what traceroute tries.
+const HOPS_MAX: u8 = 32;
+/// ICMP errors taken from a socket at a time.
+const REPORTS: usize = 16;
 
 /// Datagrams to the guest in one turn.
 const BATCH: usize = 32;
@@ -49,6 +60,8 @@ pub(super) struct DatagramFlow {
     quote: Vec<u8>,
     inbound: Vec<Vec<u8>>,
     is_over: bool,
+    /// The socket's hop limit, if it was set.
+    hops: Option<u8>,
 }
 
 impl DatagramFlow {
@@ -62,6 +75,7 @@ impl DatagramFlow {
             quote: Vec::new(),
             inbound: Vec::new(),
             is_over: false,
+            hops: None,
         }
     }
 
@@ -83,10 +97,10 @@ impl DatagramFlow {
         }
     }
 
-    fn lifetime(&self, key: &FlowKey) -> Duration {
+    fn lifetime<W, H>(&self, key: &FlowKey, bench: &Bench<'_, W, H>) -> Duration {
         match key.protocol {
-            UDP if self.has_answered && self.has_asked => UDP_STREAM,
-            UDP => UDP_ONE_WAY,
+            UDP if self.has_answered && self.has_asked => bench.udp_stream,
+            UDP => bench.udp_one_way,
             _ => PING,
         }
     }
@@ -125,7 +139,7 @@ impl DatagramFlow {
                 },
             }
         }
-        let end = self.last + self.lifetime(key);
+        let end = self.last + self.lifetime(key, bench);
         if self.is_over || end <= bench.now {
             if self.via == Via::Own {
                 bench.host.close(bench.id, false);
@@ -173,6 +187,31 @@ impl DatagramFlow {
         });
     }
 
+    /// Hands an ICMP error on; false if it says nothing to the guest.
+    fn pass_on<W: Wire, H: Host>(
+        &self,
+        key: &FlowKey,
+        report: &Report,
+        bench: &mut Bench<'_, W, H>,
+    ) -> bool {
+        let is_v4 = key.guest.is_ipv4();
+        let Some(why) = told(report, is_v4) else {
+            return false;
+        };
+        let mut quote = self.quote.clone();
+        if let Some(sequence) = report.sequence {
+            // Which request it was, if it was not the last.
+            let at = emit::ip_len(key.guest.ip()) + 6;
+            if let Some(place) = quote.get_mut(at..at + 2) {
+                place.copy_from_slice(&sequence.to_be_bytes());
+            }
+        }
+        let from = report.from.filter(|from| from.is_ipv4() == is_v4);
+        let from = from.unwrap_or(key.peer.ip());
+        bench.unreachable(from, key.guest.ip(), why, &quote);
+        true
+    }
+
     /// The host's socket reports an error of something sent earlier, or of what is sent now.
     fn failed<W: Wire, H: Host>(
         &mut self,
@@ -180,6 +219,16 @@ impl DatagramFlow {
         error: &io::Error,
         bench: &mut Bench<'_, W, H>,
     ) {
+        let mut is_told = false;
+        for _ in 0..REPORTS {
+            let Some(report) = bench.host.report(bench.id) else {
+                break;
+            };
+            is_told |= self.pass_on(key, &report, bench);
+        }
+        if is_told {
+            return;
+        }
         bench.stats.datagrams_dropped.inc();
         let is_too_big = error.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error());
         let why = if is_too_big {
@@ -192,6 +241,17 @@ impl DatagramFlow {
             bench.unreachable(key.peer.ip(), key.guest.ip(), why, &quote);
             self.quote = quote;
         }
+    }
+}
+
+/// What to tell the guest of an ICMP error that came to its socket: errors about a packet, no more.
+fn told(report: &Report, is_v4: bool) -> Option<Unreachable> {
+    let (kind, code) = (report.kind, report.code);
+    match (is_v4, kind) {
+        (true, 3) if code == 4 => Some(Unreachable::TooBig(report.rest)),
+        (true, 3 | 11 | 12) | (false, 1 | 3 | 4) => Some(Unreachable::Told(kind, code, 0)),
+        (false, 2) => Some(Unreachable::TooBig(report.rest)),
+        _ => None,
     }
 }
 
@@ -217,6 +277,15 @@ impl Stack {
             body
         };
         let quote = frame.ip_bytes();
+        // What is mapped to the host is the next hop itself.
+        let is_beyond = !self.settings.host_loopback.contains(&packet.destination);
+        if packet.hop_limit <= 1
+            && is_beyond
+            && matches!(self.route(packet.destination), Route::Host(_))
+        {
+            self.refuse(packet, quote, Unreachable::HopLimit, wire);
+            return;
+        }
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
             None => match self.open_datagram(packet, quote, key, now, wire, host) {
@@ -235,6 +304,13 @@ impl Stack {
         flow.quote.clear();
         flow.quote
             .extend_from_slice(quote.get(..QUOTE).unwrap_or(quote));
+        let hops = packet.hop_limit.saturating_sub(1).max(1);
+        let is_short = hops <= HOPS_MAX || flow.hops.is_some();
+        if is_short && is_beyond && flow.via == Via::Own && flow.hops != Some(hops) {
+            // One that cannot be set goes further than it should.
+            let _ = host.set_hops(id, packet.source.is_ipv4(), hops);
+            flow.hops = Some(hops);
+        }
         let sent = match flow.via {
             Via::Own => host.send(id, payload),
             Via::Published(published, to) => host.send_from(published, to, payload),
@@ -318,6 +394,7 @@ impl Stack {
                 let is_forbidden = error.kind() == io::ErrorKind::PermissionDenied;
                 if !is_udp && is_forbidden {
                     self.stats.ping_forbidden.inc();
+                    self.refuse(packet, quote, Unreachable::Prohibited, wire);
                 } else if let Some(why) = unreachable(&error) {
                     self.refuse(packet, quote, why, wire);
                 }

@@ -38,6 +38,10 @@ pub enum Unreachable {
     Port,
     /// A filter says no.
     Prohibited,
+    /// It has passed as many routers as it may.
+    HopLimit,
+    /// What somebody on the way says: ICMP type and code as they came, and the header's rest.
+    Told(u8, u8, u32),
     /// Larger than the path takes; how much it takes, in bytes of IP packet.
     TooBig(u32),
 }
@@ -246,6 +250,9 @@ pub(super) fn error(
         (Unreachable::Port, true) => (3, 3, 0),
         (Unreachable::Prohibited, true) => (3, 13, 0),
         (Unreachable::TooBig(mtu), true) => (3, 4, mtu.min(0xffff)),
+        (Unreachable::HopLimit, true) => (11, 0, 0),
+        (Unreachable::HopLimit, false) => (3, 0, 0),
+        (Unreachable::Told(kind, code, rest), _) => (kind, code, rest),
         (Unreachable::Network, false) => (1, 0, 0),
         (Unreachable::Prohibited, false) => (1, 1, 0),
         (Unreachable::Host, false) => (1, 3, 0),

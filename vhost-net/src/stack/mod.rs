@@ -124,6 +124,22 @@ pub trait Host {
     /// What the path of a datagram socket takes, in bytes of IP packet.
     fn path_mtu(&mut self, flow: usize) -> Option<u32>;
 
+    /// Sets how many routers the datagrams of a socket may pass, and lets [`Self::report`] have what
+    /// they say.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn set_hops(&mut self, flow: usize, is_v4: bool, hops: u8) -> io::Result<()> {
+        let _ = (flow, is_v4, hops);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Takes an ICMP error about what a datagram socket has sent, if one is kept.
+    fn report(&mut self, flow: usize) -> Option<Report> {
+        let _ = flow;
+        None
+    }
+
     /// Asks a server something for the card itself, from a socket of its own; what it says is handed
     /// in with the token until [`Self::forget`].
     ///
@@ -138,6 +154,21 @@ pub trait Host {
     fn forget(&mut self, token: u64) {
         let _ = token;
     }
+}
+
+/// An ICMP error that came to a socket of the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Who says so.
+    pub from: Option<IpAddr>,
+    /// ICMP or ICMPv6 type.
+    pub kind: u8,
+    /// And code.
+    pub code: u8,
+    /// What is in its header besides: the MTU.
+    pub rest: u32,
+    /// Which echo request it is about.
+    pub sequence: Option<u16>,
 }
 
 /// What services of the card's take streams.
@@ -164,6 +195,10 @@ pub struct Settings {
     pub flows_max: usize,
     /// Addresses at which the guest reaches the host's loopback.
     pub host_loopback: Vec<IpAddr>,
+    /// How long a UDP flow lives on when only one side has spoken.
+    pub udp_one_way: Duration,
+    /// How long it lives on when both have.
+    pub udp_stream: Duration,
     /// What the driver accepted.
     pub accepts: Accepts,
 }
@@ -173,6 +208,8 @@ impl Default for Settings {
         Self {
             flows_max: 8192,
             host_loopback: Vec::new(),
+            udp_one_way: UDP_ONE_WAY,
+            udp_stream: UDP_STREAM,
             accepts: Accepts::default(),
         }
     }
@@ -254,6 +291,8 @@ struct Bench<'a, W, H> {
     epoch: Instant,
     mtu: u16,
     stats: &'a Stats,
+    udp_one_way: Duration,
+    udp_stream: Duration,
     identification: &'a mut u32,
 }
 
@@ -578,6 +617,8 @@ impl Stack {
             epoch: self.epoch,
             mtu: self.spec.mtu,
             stats: &self.stats,
+            udp_one_way: self.settings.udp_one_way,
+            udp_stream: self.settings.udp_stream,
             identification: &mut self.identification,
         };
         let turn = match &mut entry.flow {

@@ -42,6 +42,10 @@ struct FakeSocket {
     finished: bool,
     /// Closed, and whether by a reset.
     closed: Option<bool>,
+    /// Hop limits that were set.
+    hops: Vec<u8>,
+    /// ICMP errors about what was sent.
+    reports: VecDeque<Report>,
 }
 
 #[derive(Default)]
@@ -125,6 +129,13 @@ impl Host for FakeHost {
     }
     fn close(&mut self, flow: usize, is_reset: bool) {
         self.get(flow).closed = Some(is_reset);
+    }
+    fn set_hops(&mut self, flow: usize, _: bool, hops: u8) -> io::Result<()> {
+        self.get(flow).hops.push(hops);
+        Ok(())
+    }
+    fn report(&mut self, flow: usize) -> Option<Report> {
+        self.get(flow).reports.pop_front()
     }
     fn path_mtu(&mut self, _: usize) -> Option<u32> {
         self.mtu
@@ -624,6 +635,70 @@ fn a_one_way_flow_ends_sooner() {
     world.now += UDP_ONE_WAY + Duration::from_secs(1);
     world.settle();
     assert_eq!(world.stack.flow_count(), 0);
+}
+
+#[test]
+fn a_short_hop_limit_is_the_sockets_and_what_a_router_says_is_handed_on() {
+    let mut world = World::usual();
+    let with_hops = |hops: u8| {
+        let mut packet = udp("192.0.2.7:33434", b"probe");
+        packet[8] = hops;
+        packet[10..12].copy_from_slice(&[0, 0]);
+        let sum = crate::frame::sum::Sum::default().bytes(&packet[..20]);
+        packet[10..12].copy_from_slice(&sum.checksum().to_be_bytes());
+        packet
+    };
+    // The card is the first router.
+    world.hand_in(&with_hops(1));
+    world.settle();
+    let error = world.others.pop().unwrap();
+    assert_eq!((error[20], error[21]), (11, 0));
+    assert_eq!(error[12..16], [10, 0, 2, 2]);
+    assert_eq!(world.stack.flow_count(), 0);
+    for hops in [3, 3, 2] {
+        world.hand_in(&with_hops(hops));
+        world.settle();
+    }
+    let flow = world.flow();
+    assert_eq!(world.host.get(flow).hops, [2, 1]);
+    let socket = world.host.get(flow);
+    socket.fails = Some(libc::EHOSTUNREACH);
+    socket.reports.push_back(Report {
+        from: Some([203, 0, 113, 1].into()),
+        kind: 11,
+        code: 0,
+        rest: 0,
+        sequence: None,
+    });
+    world.event(flow, true, true, false);
+    assert_eq!(world.others.len(), 1);
+    let error = world.others.pop().unwrap();
+    assert_eq!((error[20], error[21]), (11, 0));
+    assert_eq!(error[12..16], [203, 0, 113, 1]);
+    // It quotes the packet.
+    assert_eq!(error[28..48][12..], with_hops(2)[12..20]);
+    // An ordinary one costs no call.
+    world.hand_in(&udp("192.0.2.8:9", b"x"));
+    world.settle();
+    let all = world.host.sockets.values();
+    assert_eq!(all.map(|socket| socket.hops.len()).sum::<usize>(), 2);
+}
+
+#[test]
+fn an_echo_request_that_the_host_forbids_is_answered_so() {
+    let mut world = World::usual();
+    world.host.refuses = Some(libc::EACCES);
+    let spec = Spec::default();
+    let guest = IpAddr::from(spec.v4.unwrap().address);
+    let mut frame = vec![0; 100];
+    let at = emit::icmp_at(guest);
+    frame[at..at + 8].copy_from_slice(&[8, 0, 0, 0, 0, 7, 0, 1]);
+    let len = emit::icmp(&mut frame, ends(&spec), guest, [192, 0, 2, 1].into(), 8);
+    world.hand_in(&frame[ETHERNET_LEN..len]);
+    world.settle();
+    let error = world.others.pop().unwrap();
+    assert_eq!((error[20], error[21]), (3, 13));
+    assert_eq!(world.stack.stats.ping_forbidden.get(), 1);
 }
 
 #[test]
