@@ -244,6 +244,9 @@ fn net_card(index: usize, nic: &Nic, env: &Env) -> Result<CardPlan, PlanError> {
         for address in &nic.map_host_loopback {
             line.option("--map-host-loopback", address);
         }
+        if nic.queue_pairs > 1 {
+            line.option("--queue-pairs", nic.queue_pairs);
+        }
         line.maybe("--flows", nic.flows);
         let traffic = &nic.traffic;
         for (option, value) in &traffic.limits {

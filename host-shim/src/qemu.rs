@@ -180,16 +180,23 @@ pub(crate) fn arguments(
                 qemu.version.reconnect()
             ),
         );
-        option(
-            "-netdev",
-            format!("vhost-user,id=net{index},chardev=netcard{index}"),
-        );
+        let mut netdev = format!("vhost-user,id=net{index},chardev=netcard{index}");
+        if nic.queue_pairs > 1 {
+            netdev.push_str(&format!(",queues={}", nic.queue_pairs));
+        }
+        option("-netdev", netdev);
         let mut device = format!(
             "virtio-net-pci,id=nic{index},netdev=net{index},mac={},host_mtu={},romfile=",
             nic.mac, nic.mtu
         );
+        if nic.queue_pairs > 1 {
+            device.push_str(",mq=on");
+        }
         if accel == ResolvedAccel::Tcg {
             device.push_str(",vectors=0");
+        } else if nic.queue_pairs > 1 {
+            // One for each queue, the control queue and changes of the configuration.
+            device.push_str(&format!(",vectors={}", 2 * nic.queue_pairs + 2));
         }
         option("-device", device);
     }

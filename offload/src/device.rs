@@ -50,6 +50,19 @@ pub trait Device: Send + Sync + 'static {
     /// The features that the driver accepted. Called before any ring starts.
     fn set_features(&self, acked: u64);
 
+    /// Whether the frontend is to tell an MTU (VHOST_USER_PROTOCOL_F_NET_MTU): network devices.
+    fn has_mtu(&self) -> bool {
+        false
+    }
+
+    /// NET_SET_MTU: bytes of an IP packet that the driver's interface takes.
+    ///
+    /// # Errors
+    /// The device cannot work with it; the frontend is told.
+    fn set_mtu(&self, mtu: u64) -> Result<(), DeviceError> {
+        Err(format!("an MTU of {mtu} for a device that has none").into())
+    }
+
     /// Bytes that the device wants in the in-flight region behind the vhost-user part.
     fn inflight_extra_len(&self) -> usize {
         0

@@ -262,6 +262,12 @@ impl QueueIo<'_> {
         self.engine.unpop(token);
     }
 
+    /// Whether a queue of this thread runs and is enabled: [`Self::pop`] may then find a chain.
+    #[must_use]
+    pub fn is_running(&self, queue: u16) -> bool {
+        self.engine.is_running(queue)
+    }
+
     /// The chains that a queue has do not suffice: the loop is to go round again when the driver
     /// has added some.
     pub fn want(&mut self, queue: u16) {

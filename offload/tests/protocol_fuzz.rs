@@ -25,6 +25,7 @@ const OFFER: Offer = Offer {
     queue_count: 3,
     queue_size_max: 1024,
     has_config: true,
+    has_mtu: true,
 };
 
 /// Stands for a file descriptor; knows how many of its kind are open.
@@ -282,6 +283,7 @@ impl Executor {
                     assert_eq!(self.running, [false; 3]);
                 }
                 Action::SetBackendChannel(_file) => {}
+                Action::SetMtu(_) => {}
                 Action::SetErr(queue, _file) => assert!(queue < 3),
                 Action::WriteConfig { offset, data } => {
                     assert!(offset as usize + data.len() <= 256);

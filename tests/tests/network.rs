@@ -98,11 +98,11 @@ struct Guest {
 
 impl Guest {
     fn boot(dir: &Path, socket: &Path) -> Self {
-        Self::boot_with(dir, socket, &[])
+        Self::boot_with(dir, socket, &[], 1)
     }
 
-    /// With programs of the host's besides.
-    fn boot_with(dir: &Path, socket: &Path, programs: &[&str]) -> Self {
+    /// With programs of the host's besides, and so many queue pairs and processors.
+    fn boot_with(dir: &Path, socket: &Path, programs: &[&str], pairs: u16) -> Self {
         let kernel = guest::kernel(&guest::cache_dir()).expect("Debian's cloud kernel");
         let initrd = Initrd {
             modules: &["virtio_pci", "virtio_net"],
@@ -139,12 +139,15 @@ impl Guest {
             .args([
                 "-append", &cmdline, "-serial", "stdio", "-chardev", &chardev,
             ])
-            .args(["-netdev", "vhost-user,id=net0,chardev=card"])
+            .args(["-smp", &pairs.to_string()])
+            .arg("-netdev")
+            .arg(format!("vhost-user,id=net0,chardev=card,queues={pairs}"))
             // No MSI-X: QEMU 7.2 dies with it when a vhost device starts under TCG.
-            .args([
-                "-device",
-                "virtio-net-pci,netdev=net0,host_mtu=9001,vectors=0",
-            ])
+            .arg("-device")
+            .arg(format!(
+                "virtio-net-pci,netdev=net0,host_mtu=9001,vectors=0,mq={}",
+                if pairs > 1 { "on" } else { "off" }
+            ))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -222,7 +225,12 @@ fn listen() -> (TcpListener, u16) {
 
 /// Answers HTTP requests with `body`, and takes what is posted.
 fn web(body: Vec<u8>) -> u16 {
-    let (listener, port) = listen();
+    web_at("127.0.0.1", body)
+}
+
+fn web_at(address: &str, body: Vec<u8>) -> u16 {
+    let listener = TcpListener::bind((address, 0)).expect("a port");
+    let port = listener.local_addr().expect("bound").port();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
             let mut reader = BufReader::new(stream);
@@ -497,7 +505,7 @@ fn a_running_card_is_captured_published_limited_and_asked() {
         &socket,
         &["--control-socket", control.to_str().expect("UTF-8")],
     );
-    let mut guest = Guest::boot_with(dir.path(), &socket, &["socat"]);
+    let mut guest = Guest::boot_with(dir.path(), &socket, &["socat"], 1);
     guest.ok("udhcpc -i eth0 -n -q -s /lease -O mtu -O hostname");
     let (is_ok, status) = ask(&control, &["status"]);
     assert!(is_ok && status.contains("ipv4       10.0.2.15"), "{status}");
@@ -762,4 +770,128 @@ fn md5_of(bytes: &[u8]) -> String {
         .next()
         .unwrap_or_default()
         .to_owned()
+}
+
+/// Takes one file over TFTP with the block size that the client wants (RFC 2348), at both loopbacks.
+fn tftp_sink(address: &str) -> (u16, std::thread::JoinHandle<Vec<u8>>) {
+    let socket = UdpSocket::bind((address, 0)).expect("a port");
+    let port = socket.local_addr().expect("bound").port();
+    let thread = std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        let (mut file, mut block) = (Vec::new(), 0_u16);
+        loop {
+            let (len, peer) = socket.recv_from(&mut buffer).expect("a packet");
+            let packet = &buffer[..len];
+            let answer = match packet {
+                [0, 2, ..] => b"\0\x06blksize\x0030000\0".to_vec(),
+                [0, 3, high, low, data @ ..] => {
+                    if u16::from_be_bytes([*high, *low]) == block.wrapping_add(1) {
+                        block += 1;
+                        file.extend_from_slice(data);
+                    }
+                    vec![0, 4, *high, *low]
+                }
+                _ => continue,
+            };
+            socket.send_to(&answer, peer).expect("sent");
+            if packet[1] == 3 && len < 30_004 {
+                return file;
+            }
+        }
+    });
+    (port, thread)
+}
+
+#[test]
+fn a_guest_of_two_processors_uses_both_queue_pairs_over_ipv4_and_ipv6() {
+    let dir = TempDir::new().expect("a folder");
+    let socket = dir.path().join("net.sock");
+    let control = dir.path().join("control.sock");
+    let control_path = control.display().to_string();
+    let more = [
+        ["--queue-pairs", "2"],
+        ["--map-host-loopback", "fd00:ffff::1"],
+        ["--control-socket", &control_path],
+    ];
+    let _card = Card::start(&socket, more.as_flattened());
+    let mut guest = Guest::boot_with(dir.path(), &socket, &[], 2);
+    let queues = guest.ok("ls /sys/class/net/eth0/queues");
+    for queue in ["rx-0", "rx-1", "tx-0", "tx-1"] {
+        assert!(queues.contains(queue), "{queues}");
+    }
+    guest.ok("udhcpc -i eth0 -n -q -s /lease");
+    // SLAAC from the router's advertisement, which also says where the router is.
+    guest.ok(
+        "n=0; until ip -6 addr show dev eth0 scope global | grep -v tentative | grep -q \
+         fd00:0:0:2: && ip -6 route | grep -q 'default via fe80::2'; do \
+         sleep 0.2; n=$((n+1)); [ $n -lt 300 ] || { ip -6 addr; ip -6 route; false; }; done",
+    );
+
+    // Each processor sends through its own queue; down in the size that super-segments have.
+    let body: Vec<u8> = (0..5_000_000_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    let sum = md5_of(&body);
+    let web6 = web_at("::1", body.clone());
+    let web4 = web(body);
+    for processor in ["1", "2"] {
+        for url in [
+            format!("http://10.0.2.2:{web4}/"),
+            format!("http://[fd00:ffff::1]:{web6}/"),
+        ] {
+            let got = guest.ok(&format!("taskset {processor} wget -q -O - {url} | md5sum"));
+            assert!(got.contains(&sum), "{url}: {got}, not {sum}");
+        }
+    }
+    // Up, from both at once.
+    let sinks: Vec<_> = ["127.0.0.1", "::1"].map(sink).into();
+    let ports: Vec<u16> = sinks.iter().map(|(port, _)| *port).collect();
+    guest.ok(&format!(
+        "dd if=/dev/zero bs=1M count=5 2>/dev/null | taskset 1 nc 10.0.2.2 {} & \
+         dd if=/dev/zero bs=1M count=5 2>/dev/null | taskset 2 nc fd00:ffff::1 {}; wait",
+        ports[0], ports[1]
+    ));
+    for (_, thread) in sinks {
+        assert_eq!(thread.join().expect("the sink"), 5 << 20);
+    }
+
+    // Datagrams above the MTU leave in fragments.
+    guest.ok("head -c 70000 /dev/urandom > /tmp/file");
+    let sum = guest.ok("md5sum < /tmp/file");
+    for (address, seen) in [("127.0.0.1", "10.0.2.2"), ("::1", "fd00:ffff::1")] {
+        let (port, taken) = tftp_sink(address);
+        guest.ok(&format!(
+            "tftp -b 30000 -p -l /tmp/file -r file {seen} {port}"
+        ));
+        let file = taken.join().expect("the sink");
+        assert!(sum.contains(&md5_of(&file)), "{} bytes", file.len());
+    }
+
+    let mut client = ControlClient::connect(&control).expect("the control socket");
+    let stats = client.call("stats", json!(null)).expect("counters");
+    let value = |name: &str, queue: Option<&str>| {
+        let all = stats[name].as_array().expect("a counter").iter();
+        let mut of = all.filter(|one| queue.is_none_or(|queue| one["labels"]["queue"] == queue));
+        of.next().expect("the queue's")["value"]
+            .as_u64()
+            .unwrap_or(0)
+    };
+    for queue in ["0", "1", "2", "3"] {
+        assert!(value("requests", Some(queue)) > 20, "{queue}: {stats}");
+    }
+    // Three blocks of the file, twice, of which the last may fit the MTU.
+    assert!(value("reassembled_packets", None) >= 4, "{stats}");
+    assert_eq!(value("overruns", None), 0, "{stats}");
+}
+
+/// Takes one connection to its end; how many bytes came.
+fn sink(address: &str) -> (u16, std::thread::JoinHandle<usize>) {
+    let listener = TcpListener::bind((address, 0)).expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    let thread = std::thread::spawn(move || {
+        let mut stream = listener.accept().expect("a connection").0;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).expect("to the end")
+    });
+    (port, thread)
 }

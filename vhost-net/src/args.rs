@@ -9,6 +9,7 @@ use offload::sandbox::{Seccomp, User};
 use offload::telemetry::LogArgs;
 use smoltcp::wire::EthernetAddress;
 
+use crate::device::PAIRS_MAX;
 use crate::host::publish::Rule;
 use crate::spec::{Ipv4, Ipv6, MTU_MAX, MTU_MIN, Spec};
 
@@ -20,8 +21,6 @@ pub use limits::LimitArgs;
 pub use operate::{CaptureArgs, ControlArgs, GroupsArgs, LimitsArgs, PublishArgs, StatusArgs};
 pub use policy::PolicyArgs;
 
-/// Most queue pairs.
-const PAIRS_MAX: u16 = 1;
 /// Bytes of a flow log's file.
 const LOG_MIN: u64 = 64 << 10;
 const LOG_MAX: u64 = 1 << 30;
@@ -64,7 +63,8 @@ pub struct ServeArgs {
     /// The interface.
     #[command(flatten)]
     pub interface: InterfaceArgs,
-    /// Queue pairs, each with a thread of its own
+    /// Queue pairs, each with a thread of its own; QEMU's `queues=` and `mq=on` have to ask for
+    /// them
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u16).range(1..=i64::from(PAIRS_MAX)))]
     pub queue_pairs: u16,

@@ -11,11 +11,30 @@ use std::time::Instant;
 use offload::telemetry::{Counter, Registry};
 
 use crate::frame::header::NetHeader;
+use crate::frame::reassembly::{Outcome, Reassembly};
 use crate::frame::{Frame, Malformed, Net, TCP, Transport, UDP};
 use crate::local::{Direction, FlowKey, Meta, Outbox, Verdict};
 use crate::policy::observe;
 use crate::spec::Spec;
-use crate::stack::{Host, Locals, Stack, Stats, Wire};
+use crate::stack::{Host, Locals, Stack, Stats, Unreachable, Wire};
+
+/// Why a packet in fragments came to nothing: its time was over, newer ones needed its place, its
+/// fragments contradict each other, a fragment makes no sense by itself.
+pub const FAILURES: [&str; 4] = ["timeout", "evicted", "contradiction", "malformed"];
+const TIMEOUT: usize = 0;
+const EVICTED: usize = 1;
+const CONTRADICTION: usize = 2;
+const MALFORMED: usize = 3;
+
+/// A frame that is to be handed to another queue pair, see [`Card::from_pair`].
+#[derive(Debug)]
+pub struct Elsewhere {
+    /// Which.
+    pub pair: u16,
+    /// The frame, if it is another one than was handed in: one put together from fragments, and
+    /// without offload metadata.
+    pub whole: Option<Box<[u8]>>,
+}
 
 /// What the card counts, over all queue pairs.
 #[derive(Debug, Default)]
@@ -33,6 +52,12 @@ pub struct CardStats {
     pub overruns: Arc<Counter>,
     /// Questions of the resolver's that the host's socket did not take.
     pub unasked: Arc<Counter>,
+    /// Packets of the guest's that were put together from fragments.
+    pub reassembled: Arc<Counter>,
+    /// Fragmented packets that were not: by [`FAILURES`].
+    pub not_reassembled: [Arc<Counter>; FAILURES.len()],
+    /// Frames handed to the queue pair that has their flow.
+    pub moved: Arc<Counter>,
 }
 
 impl CardStats {
@@ -61,7 +86,20 @@ impl CardStats {
                 Arc::clone(counter),
             );
         }
+        for (why, counter) in FAILURES.iter().zip(&self.not_reassembled) {
+            registry.counter(
+                "fragments_lost",
+                "Fragmented packets of the guest's that came to nothing; fragments, if malformed",
+                vec![("why", (*why).to_owned())],
+                Arc::clone(counter),
+            );
+        }
         for (name, help, counter) in [
+            (
+                "reassembled_packets",
+                "Packets of the guest's put together from fragments",
+                &self.reassembled,
+            ),
             (
                 "spoofed_frames",
                 "Frames from an address that is not the guest's",
@@ -86,6 +124,11 @@ impl CardStats {
                 "unasked_questions",
                 "Questions to name servers that could not be sent",
                 &self.unasked,
+            ),
+            (
+                "moved_frames",
+                "Frames that came through another queue pair than their flow's",
+                &self.moved,
             ),
         ] {
             registry.counter(name, help, Vec::new(), Arc::clone(counter));
@@ -116,11 +159,9 @@ impl CardStats {
                 "Packets to where the guest may not send",
                 |s| &s.unroutable,
             ),
-            (
-                "unsupported_packets",
-                "Fragments and protocols not carried",
-                |s| &s.unsupported,
-            ),
+            ("unsupported_packets", "Protocols not carried", |s| {
+                &s.unsupported
+            }),
             (
                 "pings_forbidden",
                 "Echo requests without a socket (ping_group_range)",
@@ -168,6 +209,7 @@ pub struct Card<L> {
     pub local: L,
     outbox: Outbox,
     seen: Vec<Meta>,
+    fragments: Reassembly,
 }
 
 /// A wire that notes whose packets go over it.
@@ -208,10 +250,12 @@ impl<L: Local> Card<L> {
             local,
             outbox: Outbox::default(),
             seen: Vec::new(),
+            fragments: Reassembly::default(),
         }
     }
 
-    /// Takes a frame of the guest's: `bytes` are what follows the virtio-net header.
+    /// Takes a frame of the guest's: `bytes` are what follows the virtio-net header. `Some`: its
+    /// flow is with another queue pair.
     pub fn from_guest<W: Wire, H: Host>(
         &mut self,
         header: &NetHeader,
@@ -219,43 +263,128 @@ impl<L: Local> Card<L> {
         now: Instant,
         wire: &mut W,
         host: &mut H,
-    ) {
-        let frame = match Frame::parse(bytes, header) {
-            Ok(frame) => frame,
-            Err(what) => {
-                self.stats.malformed(what);
-                return;
-            }
-        };
+    ) -> Option<Elsewhere> {
+        let frame = self.parse(header, bytes)?;
         if frame.source != self.spec.mac {
             self.stats.spoofed.inc();
-            return;
+            return None;
         }
         if self.local.frame(&frame, now, &mut self.outbox) == Verdict::Handled {
             self.flush(wire, host);
-            return;
+            return None;
         }
+        self.pass_on(&frame, now, wire, host)
+    }
+
+    /// Takes a frame that another queue pair got from the guest, and that is of a flow of this
+    /// pair's: it has been looked at by the services. `Some`: the flow has changed hands meanwhile.
+    pub fn from_pair<W: Wire, H: Host>(
+        &mut self,
+        header: &NetHeader,
+        bytes: &[u8],
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+    ) -> Option<Elsewhere> {
+        let frame = self.parse(header, bytes)?;
+        self.pass_on(&frame, now, wire, host)
+    }
+
+    fn parse<'b>(&self, header: &NetHeader, bytes: &'b [u8]) -> Option<Frame<'b>> {
+        let frame = Frame::parse(bytes, header);
+        frame.inspect_err(|what| self.stats.malformed(*what)).ok()
+    }
+
+    fn pass_on<W: Wire, H: Host>(
+        &mut self,
+        frame: &Frame<'_>,
+        now: Instant,
+        wire: &mut W,
+        host: &mut H,
+    ) -> Option<Elsewhere> {
         let Net::Ip(packet) = &frame.net else {
             self.stats.ignored.inc();
-            return;
+            return None;
         };
+        let as_it_is = |pair| Elsewhere { pair, whole: None };
         if !self.spec.is_guest(packet.source) {
             self.stats.spoofed.inc();
-            return;
+            return None;
         }
-        if let Some(meta) = meta(&frame)
+        // Before policy: the pair that has the flow tracks it.
+        if let Some(pair) = self.stack.elsewhere(packet) {
+            return Some(as_it_is(pair));
+        }
+        if packet.transport == Transport::Fragment {
+            let whole = self.gather(frame, now, wire)?;
+            let frame = self.parse(&NetHeader::default(), &whole)?;
+            if self.local.frame(&frame, now, &mut self.outbox) == Verdict::Handled {
+                self.flush(wire, host);
+                return None;
+            }
+            // Whole, it is no fragment any more.
+            let elsewhere = self.pass_on(&frame, now, wire, host)?;
+            return Some(Elsewhere {
+                whole: Some(whole),
+                ..elsewhere
+            });
+        }
+        if let Some(meta) = meta(frame)
             && !self.local.allows(Direction::Out, &meta, now)
         {
             self.stats.denied.inc();
-            return;
+            return None;
         }
         let mut wire = Watched {
             wire,
             seen: self.local.observes().then_some(&mut self.seen),
         };
         let (stack, local) = (&mut self.stack, &mut self.local);
-        stack.from_guest(&frame, now, &mut wire, host, local);
+        let pair = stack.from_guest(frame, now, &mut wire, host, local);
         self.tell(now);
+        pair.map(as_it_is)
+    }
+
+    /// Keeps a fragment, unless it was the last one that was missing of a packet.
+    fn gather<W: Wire>(
+        &mut self,
+        fragment: &Frame<'_>,
+        now: Instant,
+        wire: &mut W,
+    ) -> Option<Box<[u8]>> {
+        let evicted = self.fragments.evicted();
+        let outcome = self.fragments.add(fragment, now);
+        let failed = &self.stats.not_reassembled;
+        failed[EVICTED].add(self.fragments.evicted() - evicted);
+        match outcome {
+            Outcome::Whole(frame) => {
+                self.stats.reassembled.inc();
+                return Some(frame);
+            }
+            Outcome::Kept => {}
+            Outcome::Void => failed[CONTRADICTION].inc(),
+            Outcome::Malformed(field) => {
+                failed[MALFORMED].inc();
+                if let (Some(at), Net::Ip(packet)) = (field, &fragment.net) {
+                    let why = Unreachable::Parameter(at);
+                    let (from, to) = (packet.destination, packet.source);
+                    self.stack.tell(from, to, why, fragment.ip_bytes(), wire);
+                }
+            }
+        }
+        None
+    }
+
+    /// Gives up packets whose fragments did not come in time.
+    fn expire_fragments<W: Wire>(&mut self, now: Instant, wire: &mut W) {
+        while let Some(expired) = self.fragments.expire(now) {
+            self.stats.not_reassembled[TIMEOUT].inc();
+            if let Some(quote) = expired.quote {
+                let (from, to) = (expired.destination, expired.source);
+                let why = Unreachable::Reassembly;
+                self.stack.tell(from, to, why, &quote, wire);
+            }
+        }
     }
 
     /// Tells policy what went to the guest.
@@ -291,26 +420,30 @@ impl<L: Local> Card<L> {
     #[allow(clippy::too_many_arguments)] // one call, one place
     pub fn datagram_in<W: Wire, H: Host>(
         &mut self,
-        published: usize,
+        published: Option<usize>,
         peer: SocketAddr,
         guest_port: u16,
         payload: &[u8],
         now: Instant,
         wire: &mut W,
         host: &mut H,
-    ) {
-        let Some(guest) = self.stack.guest_address(peer.ip()) else {
-            return;
-        };
-        if self.admits(UDP, peer, (guest, guest_port).into(), 0, now) {
+    ) -> Option<u16> {
+        let guest = self.stack.guest_address(peer.ip())?;
+        // Without a port it comes from another pair, which has asked.
+        let admits =
+            published.is_none() || self.admits(UDP, peer, (guest, guest_port).into(), 0, now);
+        if admits {
             let mut wire = Watched {
                 wire,
                 seen: self.local.observes().then_some(&mut self.seen),
             };
             let stack = &mut self.stack;
-            stack.datagram_in(published, peer, guest_port, payload, now, &mut wire, host);
+            let pair =
+                stack.datagram_in(published, peer, guest_port, payload, now, &mut wire, host);
             self.tell(now);
+            return pair;
         }
+        None
     }
 
     /// Whether policy lets a peer begin to talk to the guest.
@@ -361,6 +494,7 @@ impl<L: Local> Card<L> {
             self.local.poll(now, &mut self.outbox);
             self.flush(wire, host);
         }
+        self.expire_fragments(now, wire);
         let mut wire = Watched {
             wire,
             seen: self.local.observes().then_some(&mut self.seen),
@@ -372,7 +506,11 @@ impl<L: Local> Card<L> {
     /// When [`Self::run`] is to be called at the latest.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let ends = [self.stack.deadline(), self.local.deadline()];
+        let ends = [
+            self.stack.deadline(),
+            self.local.deadline(),
+            self.fragments.deadline(),
+        ];
         ends.into_iter().flatten().min()
     }
 }

@@ -119,6 +119,7 @@ const NICS: &str = r#"
 mac = "52:54:00:12:34:56"
 no-ipv6 = true
 mtu = 1500
+queue-pairs = 2
 publish = ["8080:80", "0.0.0.0:53:53/udp"]
 map-host-loopback = ["10.0.3.2"]
 security-groups = "groups.toml"
@@ -142,6 +143,14 @@ fn interrupts_of_an_interface_are_msi_x_only_where_kvm_delivers_them() {
         let nics = args.iter().filter(|arg| arg.starts_with("virtio-net-pci"));
         let legacy = nics.map(|arg| arg.ends_with(",vectors=0"));
         assert_eq!(legacy.collect::<Vec<_>>(), [is_legacy; 2], "{args:?}");
+        let last = args.iter().rfind(|arg| arg.starts_with("virtio-net-pci"));
+        let vectors = if is_legacy { 0 } else { 6 };
+        let wanted = format!(",mq=on,vectors={vectors}");
+        assert!(last.unwrap().ends_with(&wanted), "{last:?}");
+        assert!(
+            args.iter().any(|arg| arg.ends_with(",queues=2")),
+            "{args:?}"
+        );
     }
 }
 

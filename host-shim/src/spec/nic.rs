@@ -24,6 +24,8 @@ pub use traffic::{FlowLog, Traffic};
 const MTU: std::ops::RangeInclusive<u16> = 1280..=65520;
 /// The MTU when nothing is said: jumbo frames, as clouds have them.
 const MTU_DEFAULT: u16 = 9001;
+/// Queue pairs that a card has at most.
+const QUEUE_PAIRS: std::ops::RangeInclusive<u16> = 1..=8;
 /// Most interfaces: the networks given out are numbered in one byte, and slots are few.
 const NICS_MAX: usize = 16;
 
@@ -61,6 +63,8 @@ pub struct Nic {
     pub publish: Vec<String>,
     /// Addresses at which the guest reaches the host's loopback.
     pub map_host_loopback: Vec<IpAddr>,
+    /// Queue pairs, each with a thread of the card's.
+    pub queue_pairs: u16,
     /// Most flows at once; the card's own limit without it.
     pub flows: Option<u32>,
     /// What it may carry, how flows are followed and written down.
@@ -91,6 +95,7 @@ pub(super) struct RawNic {
     publish: Vec<Spanned<String>>,
     #[serde(default)]
     map_host_loopback: Vec<Spanned<String>>,
+    queue_pairs: Option<Spanned<u16>>,
     flows: Option<Spanned<u32>>,
     rx_bps: Option<Spanned<Amount>>,
     rx_bps_burst: Option<Spanned<Amount>>,
@@ -222,6 +227,9 @@ impl Checker<'_> {
                 })
                 .collect::<Checked<_>>()?,
             map_host_loopback: self.addresses(&raw.map_host_loopback)?,
+            queue_pairs: self
+                .ranged(raw.queue_pairs.as_ref(), "queue-pairs", &QUEUE_PAIRS)?
+                .unwrap_or(1),
             flows: self.ranged(raw.flows.as_ref(), "flows", &(1..=1_000_000))?,
             traffic: self.traffic(raw)?,
             security_groups: raw.security_groups.as_deref().map(|p| self.path(p)),

@@ -367,6 +367,7 @@ fn what_an_interface_cannot_be_is_refused_where_it_stands() {
             "IP address",
             "'x'",
         ),
+        ("mtu = 1500", "queue-pairs = 9", "queue-pairs = 9", "9"),
     ] {
         let (message, place) = refused(from, to);
         assert!(message.contains(says), "{to}: {message}");

@@ -269,6 +269,12 @@ impl TestFrontend {
         features
     }
 
+    /// For messages that have no method.
+    #[must_use]
+    pub fn raw(&self) -> &RawFrontend {
+        &self.raw
+    }
+
     /// Shares guest memory (ADD_MEM_REG).
     pub fn add_memory(&mut self, ram: &GuestRam) {
         let region = ram.region();

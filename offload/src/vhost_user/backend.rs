@@ -182,6 +182,7 @@ impl<D: Device, Q: Queue> Inner<D, Q> {
             queue_count: device.queue_count(),
             queue_size_max: device.queue_size_max(),
             has_config: !device.config().is_empty(),
+            has_mtu: device.has_mtu(),
         });
         if let Some(suppressed) = log.allow(Instant::now()) {
             info!(suppressed = shown(suppressed), "a frontend has connected");

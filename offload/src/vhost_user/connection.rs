@@ -92,6 +92,8 @@ pub(super) enum RequestError {
     InflightCreate(DeviceError),
     #[error("the device refuses the write to its configuration: {0}")]
     Config(DeviceError),
+    #[error("the device refuses the MTU: {0}")]
+    Mtu(DeviceError),
     #[error("the device cannot serve this frontend: {0}")]
     Device(DeviceError),
     #[error(transparent)]
@@ -119,7 +121,8 @@ impl RequestError {
             | Self::Refused(_)
             | Self::Memory(_)
             | Self::Inflight(_)
-            | Self::InflightCreate(_) => Severity::Frontend,
+            | Self::InflightCreate(_)
+            | Self::Mtu(_) => Severity::Frontend,
             Self::Device(_) | Self::Queue(_) | Self::Duplicate(_) => Severity::Fatal,
         }
     }
@@ -263,6 +266,7 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
     fn perform(&mut self, action: Action) -> Result<(), RequestError> {
         match action {
             Action::SetFeatures(features) => self.device.set_features(features),
+            Action::SetMtu(mtu) => self.device.set_mtu(mtu).map_err(RequestError::Mtu)?,
             Action::ReplaceMemory(regions) => {
                 self.memory = MemoryMap::from_regions(regions)?;
                 self.protocol.memory_changed(self.memory.regions());

@@ -223,6 +223,8 @@ pub enum Request<F = OwnedFd> {
     GetQueueNum,
     /// SET_MEM_TABLE: all regions, each with its file.
     SetMemTable(Vec<(RegionInfo, F)>),
+    /// NET_SET_MTU: bytes of an IP packet.
+    NetSetMtu(u64),
     /// GET_MAX_MEM_SLOTS.
     GetMaxMemSlots,
     /// ADD_MEM_REG.
@@ -340,6 +342,7 @@ impl<F> Body<'_, F> {
             R::GET_PROTOCOL_FEATURES => self.empty(Request::GetProtocolFeatures)?,
             R::GET_QUEUE_NUM => self.empty(Request::GetQueueNum)?,
             R::GET_MAX_MEM_SLOTS => self.empty(Request::GetMaxMemSlots)?,
+            R::NET_SET_MTU => Request::NetSetMtu(self.only_u64()?),
             R::SET_FEATURES => Request::SetFeatures(self.only_u64()?),
             R::SET_PROTOCOL_FEATURES => Request::SetProtocolFeatures(self.only_u64()?),
             R::SET_MEM_TABLE => self.mem_table()?,

@@ -46,10 +46,12 @@ use crate::memory::{REGIONS_MAX, RegionInfo};
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// The protocol features that [`Protocol`] understands. All are offered, but CONFIG only by a
-/// device that has a configuration space: QEMU's vhost-user-net warns of it.
+/// device that has a configuration space (QEMU's vhost-user-net warns of it), and NET_MTU only by a
+/// network device.
 pub const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
     .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::MTU)
     .union(ProtocolFeatures::BACKEND_REQ)
     .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(ProtocolFeatures::INFLIGHT_SHMFD);
@@ -65,15 +67,16 @@ pub struct Offer {
     pub queue_size_max: u16,
     /// Has the device a configuration space to read?
     pub has_config: bool,
+    /// Does it want to be told an MTU?
+    pub has_mtu: bool,
 }
 
 impl Offer {
     fn protocol_features(&self) -> ProtocolFeatures {
-        if self.has_config {
-            PROTOCOL_FEATURES
-        } else {
-            PROTOCOL_FEATURES.difference(ProtocolFeatures::CONFIG)
-        }
+        let mut features = PROTOCOL_FEATURES;
+        features.set(ProtocolFeatures::CONFIG, self.has_config);
+        features.set(ProtocolFeatures::MTU, self.has_mtu);
+        features
     }
 }
 
@@ -102,6 +105,8 @@ pub enum Action<F = OwnedFd> {
     SetCall(u16),
     /// A ring, running or not, has a new error descriptor, or none any more.
     SetErr(u16, Option<F>),
+    /// Tell the device the MTU.
+    SetMtu(u64),
     /// Make an in-flight region, to be part of the reply. No ring runs.
     CreateInflight {
         /// Queues, not 0 and not more than there are.
@@ -269,6 +274,10 @@ impl<F> Protocol<F> {
                 self.protocol = ProtocolFeatures::from_bits(features)
                     .filter(|features| offered.contains(*features))
                     .ok_or(Refusal::ProtocolFeatures(features & !offered.bits()))?;
+            }
+            Request::NetSetMtu(mtu) => {
+                self.needs(ProtocolFeatures::MTU)?;
+                self.act(Action::SetMtu(mtu));
             }
             Request::SetMemTable(regions) => self.act(Action::ReplaceMemory(regions)),
             Request::AddMemReg(region, fd) => {

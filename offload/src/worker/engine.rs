@@ -122,6 +122,11 @@ impl Engine {
         }
     }
 
+    pub(super) fn is_running(&self, queue: u16) -> bool {
+        let ring = self.rings.iter().find(|ring| ring.index == queue);
+        ring.is_some_and(Ring::is_popping) && !self.is_exiting
+    }
+
     /// Nothing more to pop for the handler until the driver has added something.
     pub(super) fn want(&mut self, queue: u16) {
         if let Some(ring) = self.rings.iter_mut().find(|ring| ring.index == queue) {

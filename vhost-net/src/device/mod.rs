@@ -9,10 +9,22 @@
 //! | MTU | the guest's interface has the right one without DHCP |
 //! | MQ | more pairs, more threads |
 //!
+//! # Several queue pairs
+//! Each pair is a thread with a card of its own: services, policy, flows, sockets. A flow stays
+//! with the pair that opened it, whose receive queue its packets come by; what the driver sends of
+//! it through another pair is handed over (`exchange`, [`crate::stack::Owners`]). Services answer on
+//! the pair that was asked. One pair is the default of `serve`, as it is QEMU's: it shares nothing,
+//! and one thread carries more than most guests ask for. More of them pay where a guest has
+//! processors to spare and the host has as many for the card.
+//!
+//! GET_QUEUE_NUM says how many queues there are, two for each pair. QEMU and DPDK compare it with
+//! their number of pairs, Cloud Hypervisor with its queues; who asks for more pairs than there are
+//! is refused at the first message about a queue that does not exist.
+//!
 //! MAC, the control queue and the configuration space are QEMU's for `vhost-user` network
 //! backends: the device offers none, and thereby no CONFIG protocol feature.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -27,19 +39,21 @@ use crate::card::{Card, CardStats};
 use crate::host::HostSockets;
 use crate::host::publish::Published;
 use crate::locals::{LocalOptions, LocalSide};
-use crate::spec::Spec;
-use crate::stack::{Accepts, Settings, Stack};
+use crate::spec::{MTU_MIN, Spec};
+use crate::stack::{Accepts, Owners, Settings, Share, Stack};
 
+mod exchange;
 pub mod limits;
 mod pair;
 pub mod publisher;
 mod rings;
 
+use exchange::Exchange;
 use limits::{Limits, LimitsError, LimitsSpec};
 pub use pair::Pair;
 
 #[cfg(test)]
-mod tests;
+mod pairs_tests;
 
 const CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_CSUM;
 const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
@@ -57,6 +71,9 @@ pub const FEATURES: u64 =
 
 /// Largest queue size: what QEMU has for network devices.
 const QUEUE_SIZE_MAX: u16 = 1024;
+
+/// Most queue pairs of an interface.
+pub const PAIRS_MAX: u16 = 8;
 
 /// What the driver accepted, in the form that the data path needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,12 +119,17 @@ pub(crate) struct Shared {
     /// Where captures get frames from.
     pub(crate) tap: Arc<Tap>,
     pub(crate) acked: AtomicU64,
+    /// The MTU that the frontend has told, if it is less than the interface's.
+    mtu: AtomicU16,
     /// Grows when rings start anew: what belongs to an older one is over.
     pub(crate) session: AtomicU64,
     pub(crate) published: Mutex<Vec<Arc<Published>>>,
     /// Grows with each change of `published`.
     pub(crate) published_version: AtomicU64,
     wakers: Mutex<Vec<Waker>>,
+    /// What pairs hand to each other and whose flows are whose; `None`: there is one pair.
+    exchange: Option<Arc<Exchange>>,
+    owners: Option<Arc<Owners>>,
 }
 
 /// A network interface behind vhost-user.
@@ -119,9 +141,12 @@ pub struct NetDevice {
 }
 
 impl NetDevice {
-    /// An interface with `pairs` queue pairs.
+    /// An interface with `pairs` queue pairs, from 1 to [`PAIRS_MAX`].
     #[must_use]
     pub fn new(spec: Spec, settings: Settings, local: LocalOptions, pairs: u16) -> Self {
+        let pairs = pairs.clamp(1, PAIRS_MAX);
+        let shares = pairs > 1;
+        let flows_max = settings.flows_max;
         Self {
             shared: Arc::new(Shared {
                 spec: Arc::new(spec),
@@ -131,13 +156,16 @@ impl NetDevice {
                 limits: Limits::default(),
                 tap: Arc::default(),
                 acked: AtomicU64::new(0),
+                mtu: AtomicU16::new(u16::MAX),
                 session: AtomicU64::new(0),
                 published: Mutex::default(),
                 published_version: AtomicU64::new(0),
                 wakers: Mutex::default(),
+                exchange: shares.then(|| Arc::new(Exchange::new(pairs))),
+                owners: shares.then(|| Arc::new(Owners::new(flows_max))),
             }),
-            pairs: pairs.max(1),
-            stats: (0..pairs.max(1) * 2).map(|_| Arc::default()).collect(),
+            pairs,
+            stats: (0..pairs * 2).map(|_| Arc::default()).collect(),
         }
     }
 
@@ -259,7 +287,28 @@ impl Device for NetDevice {
     }
 
     fn set_features(&self, acked: u64) {
-        self.shared.acked.store(acked, Ordering::Release);
+        // Flows and header of a driver that came before, like a firmware's, are not this one's.
+        if self.shared.acked.swap(acked, Ordering::AcqRel) != acked {
+            self.shared.session.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    fn has_mtu(&self) -> bool {
+        true
+    }
+
+    /// The guest's interface has the frontend's MTU (QEMU's `host_mtu`), which may be less than the
+    /// card's own: then no packet to the guest is larger, and DHCP and router advertisements say so.
+    /// If it is more, what the card says on the link is the smaller one.
+    fn set_mtu(&self, mtu: u64) -> Result<(), DeviceError> {
+        let known = u16::try_from(mtu).ok().filter(|mtu| *mtu >= MTU_MIN);
+        let known = known.ok_or_else(|| {
+            format!("an MTU of {mtu} bytes; IPv6 needs {MTU_MIN} and an IPv4 header has 16 bits")
+        })?;
+        if self.shared.mtu.swap(known, Ordering::AcqRel) != known {
+            self.shared.session.fetch_add(1, Ordering::Release);
+        }
+        Ok(())
     }
 
     fn start(&self, _: Option<Arc<SharedRegion>>) -> Result<(), DeviceError> {
@@ -280,40 +329,51 @@ impl Device for NetDevice {
     fn queue(&self, index: u16, waker: Waker) -> Result<Pair, DeviceError> {
         let shared = Arc::clone(&self.shared);
         let mut wakers = shared.wakers.lock().unwrap_or_else(PoisonError::into_inner);
-        wakers.push(waker);
+        wakers.push(waker.clone());
         drop(wakers);
+        if let Some(exchange) = &shared.exchange {
+            exchange.register(index / 2, waker);
+        }
         let stats = |at: u16| self.stats.get(usize::from(at)).cloned().unwrap_or_default();
         Ok(Pair::new(index, shared, stats(index), stats(index + 1))?)
     }
 }
 
-/// The flows and services of one pair, for a driver that accepted `negotiated`.
-pub(crate) fn card(
+/// The flows and services of one pair, for a driver that accepted `negotiated`. The first pair
+/// advertises the router.
+fn card(
     shared: &Arc<Shared>,
     negotiated: Negotiated,
-    advertises: bool,
+    pair: u16,
     now: Instant,
 ) -> std::io::Result<Card<LocalSide>> {
     let mut seed = [0; 8];
     getrandom::fill(&mut seed).map_err(std::io::Error::other)?;
     let settings = Settings {
         accepts: negotiated.accepts,
+        share: shared.owners.as_ref().map(|owners| Share {
+            owners: Arc::clone(owners),
+            pair,
+        }),
         ..shared.settings.clone()
     };
+    let mtu = shared.mtu.load(Ordering::Acquire);
+    let mut spec = Arc::clone(&shared.spec);
+    if mtu < spec.mtu {
+        spec = Arc::new(Spec {
+            mtu,
+            ..Spec::clone(&spec)
+        });
+    }
     let stack = Stack::new(
-        Arc::clone(&shared.spec),
+        Arc::clone(&spec),
         settings,
         Arc::clone(&shared.stats.stack),
         u64::from_ne_bytes(seed),
         now,
     );
-    let local = LocalSide::new(&shared.spec, &shared.local, advertises, now);
-    Ok(Card::new(
-        Arc::clone(&shared.spec),
-        Arc::clone(&shared.stats),
-        stack,
-        local,
-    ))
+    let local = LocalSide::new(&spec, &shared.local, pair == 0, now);
+    Ok(Card::new(spec, Arc::clone(&shared.stats), stack, local))
 }
 
 /// The host's sockets of one pair.

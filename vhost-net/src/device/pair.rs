@@ -3,11 +3,13 @@
 //!
 //! In a round, the transmit ring's chains come first (each is copied and returned at once), then
 //! sockets' events, then flows get their turns, which fill receive buffers; both rings are published
-//! once. The pair holds no chain from round to round but those that wait for the interface's limits.
+//! once. The pair holds no chain from round to round but those that wait for the interface's limits
+//! or for another pair (see [`super::exchange`]).
 
+use std::collections::VecDeque;
 use std::os::fd::RawFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use io_uring::{opcode, types};
@@ -16,8 +18,9 @@ use offload::limit::TimedGate;
 use offload::telemetry::{ErrorKind, QueueStats};
 use offload::worker::QueueIo;
 
-use super::limits::{RxGate, offer};
-use super::rings::{RxWire, Waiting, gather};
+use super::exchange::{Link, Mail};
+use super::limits::offer;
+use super::rings::{RxSide, gather};
 use super::{Negotiated, Shared};
 use crate::card::Card;
 use crate::frame::FRAME_MAX;
@@ -26,7 +29,7 @@ use crate::host::publish::Transport;
 use crate::host::{Happened, HostSockets};
 use crate::local::Direction;
 use crate::locals::LocalSide;
-use crate::stack::Host;
+use crate::stack::{Host, Wire};
 
 /// `user_data` of the poll on the sockets.
 const SOCKETS: u64 = 1;
@@ -39,31 +42,32 @@ const PUBLISHED_BATCH: usize = 32;
 
 /// See the module.
 pub struct Pair {
-    rx: u16,
+    rx: RxSide,
     shared: Arc<Shared>,
-    rx_stats: Arc<QueueStats>,
     tx_stats: Arc<QueueStats>,
-    negotiated: Negotiated,
     session: u64,
-    published_version: u64,
+    /// Version of the published ports, and whether this pair is watching them.
+    published: (u64, bool),
     card: Card<LocalSide>,
     host: HostSockets,
-    waiting: Waiting,
-    rx_gate: RxGate,
     tx_gate: TimedGate<Chain>,
+    /// Chains that wait for another pair's inbox, or behind one that does.
+    held: VecDeque<Chain>,
     buffer: Box<[u8]>,
     happened: Vec<Happened>,
     /// Sockets may have events that were not taken yet.
     has_events: bool,
     is_armed: bool,
     is_ending: bool,
+    /// No frame for the guest can be taken: an event will tell when.
+    is_stalled: bool,
     now: Instant,
 }
 
 impl std::fmt::Debug for Pair {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Pair")
-            .field("rx", &self.rx)
+            .field("rx", &self.rx.queue)
             .finish_non_exhaustive()
     }
 }
@@ -77,23 +81,30 @@ impl Pair {
     ) -> std::io::Result<Self> {
         let now = Instant::now();
         let negotiated = Negotiated::new(shared.acked.load(Ordering::Acquire));
+        let link = shared.exchange.as_ref();
+        let link = link.map(|exchange| Link::new(Arc::clone(exchange), rx / 2));
         Ok(Self {
-            rx,
-            rx_stats,
+            rx: RxSide::new(
+                rx,
+                negotiated,
+                shared.limits.rx_gate(),
+                rx_stats,
+                Arc::clone(&shared),
+                link,
+            ),
             tx_stats,
-            negotiated,
             session: 0,
-            published_version: 0,
-            card: super::card(&shared, negotiated, rx == 0, now)?,
+            published: (0, false),
+            card: super::card(&shared, negotiated, rx / 2, now)?,
             host: super::host()?,
-            waiting: Waiting::default(),
-            rx_gate: shared.limits.rx_gate(),
+            held: VecDeque::new(),
             tx_gate: shared.limits.tx_gate(),
             buffer: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             happened: Vec::new(),
             has_events: false,
             is_armed: false,
             is_ending: false,
+            is_stalled: false,
             now,
             shared,
         })
@@ -106,25 +117,33 @@ impl Pair {
             return;
         }
         self.session = session;
-        self.negotiated = Negotiated::new(self.shared.acked.load(Ordering::Acquire));
-        self.waiting.clear();
+        let negotiated = Negotiated::new(self.shared.acked.load(Ordering::Acquire));
+        self.rx.negotiated = negotiated;
+        self.rx.clear();
+        if let Some(link) = &mut self.rx.link {
+            link.session = session;
+        }
         self.card.stack.clear(&mut self.host);
         self.host.forget_all();
-        match super::card(&self.shared, self.negotiated, self.rx == 0, self.now) {
+        match super::card(&self.shared, negotiated, self.rx.queue / 2, self.now) {
             Ok(card) => self.card = card,
             Err(error) => tracing::error!(%error, "no randomness: the flows' seed stays"),
         }
     }
 
-    fn follow_published(&mut self) {
+    /// Connections to published ports are accepted by all pairs that the driver uses, whichever is
+    /// first; datagrams are received by one, so that those of a peer stay in order.
+    fn follow_published(&mut self, io: &QueueIo<'_>) {
+        let is_first = self.rx.queue == 0;
+        let watches = is_first || io.is_running(self.rx.queue);
         let version = self.shared.published_version.load(Ordering::Acquire);
-        // One pair has them: the guest's answers come back to whichever sent.
-        if version == self.published_version || self.rx != 0 {
+        if (version, watches) == self.published {
             return;
         }
-        self.published_version = version;
+        self.published = (version, watches);
         let published = self.shared.published.lock();
-        let published = published.unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut published = published.unwrap_or_else(PoisonError::into_inner).clone();
+        published.retain(|port| is_first || watches && port.rule().transport == Transport::Tcp);
         self.host.publish(&published);
     }
 
@@ -154,16 +173,7 @@ impl Pair {
     fn take_answer(&mut self, token: u64, io: &mut QueueIo<'_>) {
         while let Ok(len) = self.host.answer(token, &mut self.buffer) {
             let payload = self.buffer.get(..len).unwrap_or_default();
-            let mut wire = RxWire {
-                queue: self.rx,
-                io,
-                negotiated: self.negotiated,
-                waiting: &mut self.waiting,
-                stats: &self.rx_stats,
-                overruns: &self.shared.stats.overruns,
-                gate: &mut self.rx_gate,
-                tap: &self.shared.tap,
-            };
+            let mut wire = self.rx.wire(io);
             let (now, host) = (self.now, &mut self.host);
             self.card.answered(token, payload, now, &mut wire, host);
         }
@@ -191,18 +201,9 @@ impl Pair {
                         return;
                     };
                     let payload = self.buffer.get(..len).unwrap_or_default();
-                    let mut wire = RxWire {
-                        queue: self.rx,
-                        io,
-                        negotiated: self.negotiated,
-                        waiting: &mut self.waiting,
-                        stats: &self.rx_stats,
-                        overruns: &self.shared.stats.overruns,
-                        gate: &mut self.rx_gate,
-                        tap: &self.shared.tap,
-                    };
-                    self.card.datagram_in(
-                        at,
+                    let mut wire = self.rx.wire(io);
+                    let owner = self.card.datagram_in(
+                        Some(at),
                         peer,
                         guest_port,
                         payload,
@@ -210,49 +211,135 @@ impl Pair {
                         &mut wire,
                         &mut self.host,
                     );
+                    if let (Some(owner), Some(link)) = (owner, &self.rx.link) {
+                        let mail = || Mail::Datagram(peer, guest_port, payload.into());
+                        if !link.hand(owner, false, mail) {
+                            self.shared.stats.stack.datagrams_dropped.inc();
+                        }
+                    }
                 }
             }
         }
     }
 
-    fn transmit(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
+    /// Takes a chain whose time has come, behind those that wait.
+    fn take(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
+        if self.held.is_empty() {
+            let refused = self.transmit(chain, false, false, io);
+            self.held.extend(refused);
+        } else {
+            self.held.push_back(chain);
+        }
+    }
+
+    /// Takes the chains that wait for another pair, as far as that has room now; `must`: all.
+    fn take_held(&mut self, must: bool, io: &mut QueueIo<'_>) {
+        // The first was tried when it came.
+        let mut is_retry = true;
+        while let Some(chain) = self.held.pop_front() {
+            if let Some(chain) = self.transmit(chain, must, is_retry, io) {
+                self.held.push_front(chain);
+                return;
+            }
+            is_retry = false;
+        }
+    }
+
+    /// Takes what is in a chain. Gives it back if its frame is another pair's, which has no room for
+    /// it now, unless it `must`.
+    fn transmit(
+        &mut self,
+        chain: Chain,
+        must: bool,
+        is_retry: bool,
+        io: &mut QueueIo<'_>,
+    ) -> Option<Chain> {
         let memory = Arc::clone(io.memory());
         let bytes = gather(&chain.readable, &memory, &mut self.buffer);
-        io.complete(chain.token, 0);
-        let parts = bytes.and_then(|bytes| bytes.split_at_checked(self.negotiated.header_len));
+        let header_len = self.rx.negotiated.header_len;
+        let parts = bytes.and_then(|bytes| bytes.split_at_checked(header_len));
         let header = parts.and_then(|(header, _)| NetHeader::from_bytes(header));
         let (Some(header), Some((_, frame))) = (header, parts) else {
+            io.complete(chain.token, 0);
             self.tx_stats.error(ErrorKind::Invalid);
+            return None;
+        };
+        if !is_retry {
+            self.shared.tap.frame(Direction::Out, frame);
+        }
+        let (now, host) = (self.now, &mut self.host);
+        let mut wire = self.rx.wire(io);
+        let owner = self.card.from_guest(&header, frame, now, &mut wire, host);
+        if let (Some(owner), Some(link)) = (owner, &self.rx.link) {
+            let handed = match owner.whole {
+                // Its fragments are gone: there is nothing to wait with.
+                Some(whole) => link.hand(owner.pair, true, || whole_frame(whole)),
+                None => link.hand(owner.pair, must, || Mail::Frame(header, frame.into())),
+            };
+            if !handed {
+                return Some(chain);
+            }
+            self.shared.stats.moved.inc();
+        }
+        self.tx_stats.bytes_written.add(frame.len() as u64);
+        io.complete(chain.token, 0);
+        None
+    }
+
+    /// Takes what other pairs have handed over.
+    fn take_mail(&mut self, io: &mut QueueIo<'_>) {
+        let Some(link) = &self.rx.link else {
             return;
         };
-        self.tx_stats.bytes_written.add(frame.len() as u64);
-        self.shared.tap.frame(Direction::Out, frame);
-        let mut wire = RxWire {
-            queue: self.rx,
-            io,
-            negotiated: self.negotiated,
-            waiting: &mut self.waiting,
-            stats: &self.rx_stats,
-            overruns: &self.shared.stats.overruns,
-            gate: &mut self.rx_gate,
-            tap: &self.shared.tap,
+        let Some((mails, frames)) = link.take(!self.is_stalled) else {
+            return;
         };
-        self.card
-            .from_guest(&header, frame, self.now, &mut wire, &mut self.host);
+        let (now, host) = (self.now, &mut self.host);
+        for mail in mails {
+            let mut wire = self.rx.wire(io);
+            let (card, wire) = (&mut self.card, &mut wire);
+            let next = match mail {
+                Mail::Frame(header, frame) => {
+                    let owner = card.from_pair(&header, &frame, now, wire, host);
+                    owner.map(|owner| match owner.whole {
+                        Some(whole) => (owner.pair, whole_frame(whole)),
+                        None => (owner.pair, Mail::Frame(header, frame)),
+                    })
+                }
+                // Of a flow that has ended meanwhile.
+                Mail::Datagram(peer, port, payload) => {
+                    card.datagram_in(None, peer, port, &payload, now, wire, host);
+                    None
+                }
+            };
+            // It has changed hands on the way, which is rare enough not to wait for room.
+            if let (Some((pair, mail)), Some(link)) = (next, &self.rx.link) {
+                link.hand(pair, true, || mail);
+            }
+        }
+        let mut wire = self.rx.wire(io);
+        for (header, frame) in frames {
+            wire.send(header, &frame);
+        }
     }
+}
+
+/// A frame that was put together from fragments.
+fn whole_frame(frame: Box<[u8]>) -> Mail {
+    Mail::Frame(NetHeader::default(), frame)
 }
 
 impl QueueHandler for Pair {
     fn is_pulled(&self, queue: u16) -> bool {
-        queue == self.rx
+        queue == self.rx.queue
     }
 
     fn request(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
         self.now = Instant::now();
         self.follow_session();
-        let header_len = self.negotiated.header_len;
+        let header_len = self.rx.negotiated.header_len;
         if let Some(chain) = offer(&mut self.tx_gate, chain, io.memory(), header_len) {
-            self.transmit(chain, io);
+            self.take(chain, io);
         }
     }
 
@@ -271,40 +358,37 @@ impl QueueHandler for Pair {
     fn round_end(&mut self, io: &mut QueueIo<'_>) {
         self.now = Instant::now();
         self.follow_session();
-        self.follow_published();
+        self.follow_published(io);
         self.arm(io);
+        self.take_held(false, io);
         while let Some(chain) = self.tx_gate.next() {
-            self.transmit(chain, io);
+            self.take(chain, io);
         }
         if self.has_events {
             self.take_events(io);
         }
-        let mut wire = RxWire {
-            queue: self.rx,
-            io,
-            negotiated: self.negotiated,
-            waiting: &mut self.waiting,
-            stats: &self.rx_stats,
-            overruns: &self.shared.stats.overruns,
-            gate: &mut self.rx_gate,
-            tap: &self.shared.tap,
-        };
+        let mut wire = self.rx.wire(io);
         wire.flush();
+        self.is_stalled = !wire.has_room();
+        self.take_mail(io);
+        let mut wire = self.rx.wire(io);
         self.card.run(self.now, &mut wire, &mut self.host);
+        self.is_stalled = !wire.has_room();
     }
 
     fn has_more(&self) -> bool {
-        self.has_events || (self.card.stack.has_work() && self.waiting.is_empty())
+        self.has_events || (self.card.stack.has_work() && !self.is_stalled)
     }
 
     fn stopping(&mut self, io: &mut QueueIo<'_>) {
+        self.take_held(true, io);
         while let Some(chain) = self.tx_gate.next_unlimited() {
-            self.transmit(chain, io);
+            self.transmit(chain, true, false, io);
         }
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let gates = [self.rx_gate.deadline(), self.tx_gate.deadline()];
+        let gates = [self.rx.deadline(), self.tx_gate.deadline()];
         let ends = gates.into_iter().chain([self.card.deadline()]);
         ends.flatten().min()
     }
@@ -320,6 +404,6 @@ impl QueueHandler for Pair {
     }
 
     fn chains_held(&self) -> usize {
-        self.tx_gate.len()
+        self.tx_gate.len() + self.held.len()
     }
 }

@@ -7,17 +7,19 @@
 //! bounded length.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
 
 use offload::device::{Chain, Segment};
 use offload::memory::GuestMemory;
-use offload::telemetry::{Counter, QueueStats};
+use offload::telemetry::QueueStats;
 use offload::worker::QueueIo;
 use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Negotiated;
+use super::exchange::Link;
 use super::limits::RxGate;
-use crate::capture::Tap;
+use super::{Negotiated, Shared};
 use crate::frame::header::{HEADER_LEN, NetHeader};
 use crate::local::Direction;
 use crate::stack::Wire;
@@ -64,38 +66,77 @@ pub(super) fn gather_front<'b>(
     None
 }
 
-/// Frames for the guest that wait.
-#[derive(Debug, Default)]
-pub(super) struct Waiting(VecDeque<(NetHeader, Box<[u8]>)>);
+/// What a receive queue needs from round to round.
+pub(super) struct RxSide {
+    pub(super) queue: u16,
+    pub(super) negotiated: Negotiated,
+    /// Frames that wait for buffers or for the limits.
+    waiting: VecDeque<(NetHeader, Box<[u8]>)>,
+    gate: RxGate,
+    stats: Arc<QueueStats>,
+    shared: Arc<Shared>,
+    /// `None`: there is one pair.
+    pub(super) link: Option<Link>,
+}
 
-impl Waiting {
-    pub(super) fn clear(&mut self) {
-        self.0.clear();
+impl RxSide {
+    pub(super) fn new(
+        queue: u16,
+        negotiated: Negotiated,
+        gate: RxGate,
+        stats: Arc<QueueStats>,
+        shared: Arc<Shared>,
+        link: Option<Link>,
+    ) -> Self {
+        Self {
+            queue,
+            negotiated,
+            waiting: VecDeque::new(),
+            gate,
+            stats,
+            shared,
+            link,
+        }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    /// Forgets what waits.
+    pub(super) fn clear(&mut self) {
+        self.waiting.clear();
+    }
+
+    /// When the limits let the next frame go.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.gate.deadline()
+    }
+
+    /// The queue, for as long as a call lasts.
+    pub(super) fn wire<'a, 'io>(&'a mut self, io: &'a mut QueueIo<'io>) -> RxWire<'a, 'io> {
+        RxWire { side: self, io }
     }
 }
 
-/// The receive queue, for as long as a call lasts.
+/// A receive queue to send to.
 pub(super) struct RxWire<'a, 'io> {
-    pub(super) queue: u16,
-    pub(super) io: &'a mut QueueIo<'io>,
-    pub(super) negotiated: Negotiated,
-    pub(super) waiting: &'a mut Waiting,
-    pub(super) stats: &'a QueueStats,
-    pub(super) overruns: &'a Counter,
-    pub(super) gate: &'a mut RxGate,
-    pub(super) tap: &'a Tap,
+    side: &'a mut RxSide,
+    io: &'a mut QueueIo<'io>,
 }
 
 impl RxWire<'_, '_> {
+    /// The way round through pair 0, if the queue does not run.
+    fn detour(&self) -> Option<&Link> {
+        let link = self.side.link.as_ref()?;
+        (self.side.queue != 0 && !self.io.is_running(self.side.queue)).then_some(link)
+    }
+
     /// Sends what waits, as far as there are buffers.
     pub(super) fn flush(&mut self) {
-        while let Some((header, frame)) = self.waiting.0.pop_front() {
-            if !self.may_place(header, &frame) {
-                self.waiting.0.push_front((header, frame));
+        while let Some((header, frame)) = self.side.waiting.pop_front() {
+            let has_gone = match self.detour() {
+                Some(link) => link.has_room_to_guest() && link.to_guest(header, &frame),
+                None => self.may_place(header, &frame),
+            };
+            if !has_gone {
+                self.side.waiting.push_front((header, frame));
                 return;
             }
         }
@@ -103,20 +144,20 @@ impl RxWire<'_, '_> {
 
     /// [`Self::place`] when the limits allow it.
     fn may_place(&mut self, header: NetHeader, frame: &[u8]) -> bool {
-        let has_gone = self.gate.may_send(&header, frame.len()) && self.place(header, frame);
+        let has_gone = self.side.gate.may_send(&header, frame.len()) && self.place(header, frame);
         if has_gone {
-            self.gate.sent();
+            self.side.gate.sent();
         }
         has_gone
     }
 
     /// Puts a frame into the guest's buffers; false, and nothing done, if they do not suffice.
     fn place(&mut self, header: NetHeader, frame: &[u8]) -> bool {
-        let needed = self.negotiated.header_len + frame.len();
+        let needed = self.side.negotiated.header_len + frame.len();
         let mut chains: SmallVec<[Chain; 20]> = SmallVec::new();
         let mut room = 0;
         while room < needed {
-            let may_take = if self.negotiated.merges {
+            let may_take = if self.side.negotiated.merges {
                 chains.len() < BUFFERS_MAX
             } else {
                 chains.is_empty()
@@ -124,14 +165,14 @@ impl RxWire<'_, '_> {
             if !may_take {
                 break;
             }
-            let Some(chain) = self.io.pop(self.queue) else {
+            let Some(chain) = self.io.pop(self.side.queue) else {
                 break;
             };
             room += chain.writable.iter().map(|s| s.len as usize).sum::<usize>();
             chains.push(chain);
         }
         if room < needed {
-            let is_hopeless = if self.negotiated.merges {
+            let is_hopeless = if self.side.negotiated.merges {
                 chains.len() == BUFFERS_MAX
             } else {
                 !chains.is_empty()
@@ -139,13 +180,13 @@ impl RxWire<'_, '_> {
             if is_hopeless {
                 // A buffer that no frame fits would stop the queue for ever. The smallest harm is
                 // to lose the frame.
-                self.overruns.inc();
+                self.side.shared.stats.overruns.inc();
             }
             while let Some(chain) = chains.pop() {
                 self.io.unpop(chain.token);
             }
             if !is_hopeless {
-                self.io.want(self.queue);
+                self.io.want(self.side.queue);
             }
             return is_hopeless;
         }
@@ -155,7 +196,9 @@ impl RxWire<'_, '_> {
         };
         let header: [u8; HEADER_LEN] = header.to_bytes();
         let mut parts = [
-            header.get(..self.negotiated.header_len).unwrap_or(&header),
+            header
+                .get(..self.side.negotiated.header_len)
+                .unwrap_or(&header),
             frame,
         ];
         for chain in chains {
@@ -165,8 +208,8 @@ impl RxWire<'_, '_> {
             }
             self.io.complete(chain.token, written);
         }
-        self.stats.bytes_read.add(frame.len() as u64);
-        self.tap.frame(Direction::In, frame);
+        self.side.stats.bytes_read.add(frame.len() as u64);
+        self.side.shared.tap.frame(Direction::In, frame);
         true
     }
 }
@@ -190,17 +233,23 @@ fn fill(segment: &Segment, memory: &GuestMemory, parts: &mut [&[u8]; 2]) -> u32 
 
 impl Wire for RxWire<'_, '_> {
     fn has_room(&self) -> bool {
-        self.waiting.0.is_empty()
+        self.side.waiting.is_empty() && self.detour().is_none_or(Link::has_room_to_guest)
     }
 
     fn send(&mut self, header: NetHeader, frame: &[u8]) {
-        if self.waiting.0.is_empty() && self.may_place(header, frame) {
+        if let Some(link) = self.detour() {
+            if !link.to_guest(header, frame) {
+                self.side.shared.stats.overruns.inc();
+            }
             return;
         }
-        if self.waiting.0.len() >= WAITING_MAX {
-            self.overruns.inc();
+        if self.side.waiting.is_empty() && self.may_place(header, frame) {
             return;
         }
-        self.waiting.0.push_back((header, frame.into()));
+        if self.side.waiting.len() >= WAITING_MAX {
+            self.side.shared.stats.overruns.inc();
+            return;
+        }
+        self.side.waiting.push_back((header, frame.into()));
     }
 }

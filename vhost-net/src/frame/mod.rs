@@ -10,13 +10,14 @@
 //! [`Frame::is_partial`]; the stack takes super-segments as they are, since it terminates TCP.
 //!
 //! Fragments have no transport header to look at, but for the first: their [`Packet::transport`] is
-//! [`Transport::Fragment`] until they are reassembled.
+//! [`Transport::Fragment`] until [`reassembly`] has put them together.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use smoltcp::wire::EthernetAddress;
 
 pub mod header;
+pub mod reassembly;
 pub mod sum;
 
 use header::{GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, NetHeader};
@@ -140,7 +141,7 @@ pub struct Packet {
     pub protocol: u8,
     /// Hop limit or time to live.
     pub hop_limit: u8,
-    /// IPv4's don't-fragment bit; IPv6 has it always.
+    /// IPv4's don't-fragment bit; IPv6 has it unless there is a fragment header.
     pub dont_fragment: bool,
     /// Where the IP header starts.
     pub start: usize,
@@ -278,7 +279,7 @@ fn ipv6(bytes: &[u8]) -> Result<Ip, Malformed> {
     let destination = Ipv6Addr::from(chunk::<16>(bytes, at + 24)?);
     let bytes = bytes.get(..end).ok_or(Malformed::Truncated)?;
     let mut next = at + 40;
-    let mut is_fragment = false;
+    let (mut is_fragment, mut dont_fragment) = (false, true);
     for _ in 0..IPV6_EXTENSIONS_MAX {
         match protocol {
             IPV6_HOP_BY_HOP | IPV6_ROUTING | IPV6_DESTINATION => {
@@ -288,6 +289,7 @@ fn ipv6(bytes: &[u8]) -> Result<Ip, Malformed> {
             IPV6_FRAGMENT => {
                 protocol = byte(bytes, next)?;
                 is_fragment = half(bytes, next + 2)? & 0xfff9 != 0;
+                dont_fragment = false;
                 next += 8;
                 if is_fragment {
                     break;
@@ -304,7 +306,7 @@ fn ipv6(bytes: &[u8]) -> Result<Ip, Malformed> {
         destination: destination.into(),
         protocol,
         hop_limit,
-        dont_fragment: true,
+        dont_fragment,
         is_fragment,
         transport_start: next,
         end,

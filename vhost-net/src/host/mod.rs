@@ -87,6 +87,26 @@ fn family(address: &SocketAddr) -> AddressFamily {
     }
 }
 
+/// A path that is too narrow is the guest's business if it says so, else the kernel's.
+fn discover_mtu(fd: BorrowedFd<'_>, is_v4: bool, dont_fragment: bool) -> io::Result<()> {
+    if is_v4 {
+        let discovery = if dont_fragment {
+            Ipv4PathMtuDiscovery::DO
+        } else {
+            Ipv4PathMtuDiscovery::DONT
+        };
+        sockopt::set_ip_mtu_discover(fd, discovery)?;
+    } else {
+        let discovery = if dont_fragment {
+            Ipv6PathMtuDiscovery::DO
+        } else {
+            Ipv6PathMtuDiscovery::DONT
+        };
+        sockopt::set_ipv6_mtu_discover(fd, discovery)?;
+    }
+    Ok(())
+}
+
 impl HostSockets {
     /// No sockets yet.
     ///
@@ -243,17 +263,8 @@ impl Host for HostSockets {
         let fd = rustix::net::socket_with(family(&to), socket_type, FLAGS, Some(protocol))?;
         match (kind, &to) {
             (Kind::Tcp, _) => sockopt::set_tcp_nodelay(&fd, true)?,
-            // A path that is too narrow is the guest's business if it says so, else the kernel's.
-            (Kind::Udp { dont_fragment }, SocketAddr::V4(_)) => {
-                let discovery = if dont_fragment {
-                    Ipv4PathMtuDiscovery::DO
-                } else {
-                    Ipv4PathMtuDiscovery::DONT
-                };
-                sockopt::set_ip_mtu_discover(&fd, discovery)?;
-            }
-            (Kind::Udp { .. }, SocketAddr::V6(_)) => {
-                sockopt::set_ipv6_mtu_discover(&fd, Ipv6PathMtuDiscovery::DO)?;
+            (Kind::Udp { dont_fragment }, to) => {
+                discover_mtu(fd.as_fd(), to.is_ipv4(), dont_fragment)?;
             }
             (Kind::Ping, to) => path::keep_errors(&fd, to.is_ipv4())?,
         }
@@ -334,6 +345,15 @@ impl Host for HostSockets {
 
     fn report(&mut self, flow: usize) -> Option<Report> {
         path::take_error(self.fd(flow).ok()?)
+    }
+
+    fn set_dont_fragment(&mut self, flow: usize, dont_fragment: bool) {
+        if let Ok(fd) = self.fd(flow) {
+            // A socket of IPv4 refuses what is for IPv6, but not the other way round. One that
+            // refuses both keeps what it had.
+            let _ = discover_mtu(fd, false, dont_fragment)
+                .or_else(|_| discover_mtu(fd, true, dont_fragment));
+        }
     }
 
     fn path_mtu(&mut self, flow: usize) -> Option<u32> {

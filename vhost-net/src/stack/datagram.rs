@@ -18,8 +18,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{
-    Bench, Event, Flow, Host, Kind, Report, Route, Stack, Turn, Unreachable, Wire, emit,
-    unreachable,
+    Bench, Claim, Event, Flow, Host, Kind, Opened, Report, Route, Stack, Turn, Unreachable, Wire,
+    emit, unreachable,
 };
 use crate::frame::header::NetHeader;
 use crate::frame::{ETHERNET_LEN, FRAME_MAX, Frame, ICMP, Packet, UDP};
@@ -62,10 +62,12 @@ pub(super) struct DatagramFlow {
     is_over: bool,
     /// The socket's hop limit, if it was set.
     hops: Option<u8>,
+    /// What the socket was told.
+    dont_fragment: bool,
 }
 
 impl DatagramFlow {
-    fn new(via: Via, now: Instant) -> Self {
+    fn new(via: Via, dont_fragment: bool, now: Instant) -> Self {
         Self {
             via,
             is_readable: false,
@@ -76,11 +78,12 @@ impl DatagramFlow {
             inbound: Vec::new(),
             is_over: false,
             hops: None,
+            dont_fragment,
         }
     }
 
     pub(super) fn inward(published: usize, peer: SocketAddr, now: Instant) -> Self {
-        Self::new(Via::Published(published, peer), now)
+        Self::new(Via::Published(published, peer), false, now)
     }
 
     pub(super) fn has_socket(&self) -> bool {
@@ -260,16 +263,12 @@ impl Stack {
         &mut self,
         frame: &Frame<'_>,
         packet: &Packet,
-        mut key: FlowKey,
+        key: FlowKey,
         now: Instant,
         wire: &mut W,
         host: &mut H,
-    ) {
+    ) -> Option<u16> {
         let is_udp = packet.protocol == UDP;
-        if !is_udp {
-            // Echo has no ports: the identifier is the guest's.
-            key.peer.set_port(0);
-        }
         let body = frame.transport_bytes();
         let payload = if is_udp {
             body.get(emit::UDP_LEN..).unwrap_or_default()
@@ -284,20 +283,18 @@ impl Stack {
             && matches!(self.route(packet.destination), Route::Host(_))
         {
             self.refuse(packet, quote, Unreachable::HopLimit, wire);
-            return;
+            return None;
         }
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
             None => match self.open_datagram(packet, quote, key, now, wire, host) {
-                Some(id) => id,
-                None => return,
+                Opened::Here(id) => id,
+                Opened::Elsewhere(pair) => return Some(pair),
+                Opened::No => return None,
             },
         };
-        let Some(entry) = self.flows.get_mut(id) else {
-            return;
-        };
-        let Flow::Datagram(flow) = &mut entry.flow else {
-            return;
+        let Flow::Datagram(flow) = &mut self.flows.get_mut(id)?.flow else {
+            return None;
         };
         flow.last = now;
         flow.has_asked = true;
@@ -312,7 +309,14 @@ impl Stack {
             flow.hops = Some(hops);
         }
         let sent = match flow.via {
-            Via::Own => host.send(id, payload),
+            Via::Own => {
+                // What came in fragments, or may be cut, may be cut on the way, too.
+                if flow.dont_fragment != packet.dont_fragment && is_udp {
+                    flow.dont_fragment = packet.dont_fragment;
+                    host.set_dont_fragment(id, packet.dont_fragment);
+                }
+                host.send(id, payload)
+            }
             Via::Published(published, to) => host.send_from(published, to, payload),
         };
         match sent {
@@ -335,6 +339,7 @@ impl Stack {
         {
             self.make_ready(id);
         }
+        None
     }
 
     fn open_datagram<W: Wire, H: Host>(
@@ -345,19 +350,15 @@ impl Stack {
         now: Instant,
         wire: &mut W,
         host: &mut H,
-    ) -> Option<usize> {
+    ) -> Opened {
         let is_udp = packet.protocol == UDP;
-        if self.flows.len() >= self.settings.flows_max {
-            self.stats.table_full.inc();
-            return None;
-        }
         let to = match self.route(packet.destination) {
             Route::Host(to) => to,
             Route::Card => {
                 if is_udp {
                     self.refuse(packet, quote, Unreachable::Port, wire);
                 }
-                return None;
+                return Opened::No;
             }
             Route::None => {
                 self.stats.unroutable.inc();
@@ -372,7 +373,7 @@ impl Stack {
                 if is_unicast {
                     self.refuse(packet, quote, Unreachable::Host, wire);
                 }
-                return None;
+                return Opened::No;
             }
         };
         let kind = if is_udp {
@@ -382,9 +383,18 @@ impl Stack {
         } else {
             Kind::Ping
         };
+        match self.claim(&key) {
+            Claim::Granted => {}
+            Claim::Of(pair) => return Opened::Elsewhere(pair),
+            Claim::Full => return Opened::No,
+        }
         let id = self.insert(
             key,
-            Flow::Datagram(Box::new(DatagramFlow::new(Via::Own, now))),
+            Flow::Datagram(Box::new(DatagramFlow::new(
+                Via::Own,
+                packet.dont_fragment,
+                now,
+            ))),
         );
         match host.open(id, kind, (to, key.peer.port()).into()) {
             Ok(()) if is_udp => self.stats.udp_opened.inc(),
@@ -398,10 +408,10 @@ impl Stack {
                 } else if let Some(why) = unreachable(&error) {
                     self.refuse(packet, quote, why, wire);
                 }
-                return None;
+                return Opened::No;
             }
         }
         debug_assert!(is_udp || packet.protocol == ICMP || packet.source.is_ipv6());
-        Some(id)
+        Opened::Here(id)
     }
 }

@@ -44,6 +44,10 @@ pub enum Unreachable {
     Told(u8, u8, u32),
     /// Larger than the path takes; how much it takes, in bytes of IP packet.
     TooBig(u32),
+    /// Its fragments did not all come in time.
+    Reassembly,
+    /// The field at this place of the IPv6 packet makes no sense.
+    Parameter(u32),
 }
 
 fn put(bytes: &mut [u8], at: usize, part: &[u8]) {
@@ -258,6 +262,10 @@ pub(super) fn error(
         (Unreachable::Host, false) => (1, 3, 0),
         (Unreachable::Port, false) => (1, 4, 0),
         (Unreachable::TooBig(mtu), false) => (2, 0, mtu),
+        (Unreachable::Reassembly, true) => (11, 1, 0),
+        (Unreachable::Reassembly, false) => (3, 1, 0),
+        (Unreachable::Parameter(_), true) => return None,
+        (Unreachable::Parameter(at), false) => (4, 0, at),
     };
     if source.is_ipv4() != destination.is_ipv4() {
         return None;

@@ -20,7 +20,7 @@
 //! no queue grows. Timers are a heap with at most a few entries a flow.
 //!
 //! # Limits
-//! [`Settings::flows_max`] bounds the table; a full one answers new connections with a reset and
+//! [`Settings::flows_max`] bounds the table, or those of all queue pairs together; a full one answers new connections with a reset and
 //! drops new datagrams, and counts both. A TCP flow holds [`tcp::BUFFER_TO_HOST`] plus
 //! [`tcp::BUFFER_TO_GUEST`] bytes at most; pages that were never needed are never touched.
 
@@ -44,11 +44,14 @@ use crate::spec::{self, Spec};
 
 mod datagram;
 mod emit;
+mod owners;
 mod port;
 mod tcp;
 
 pub use datagram::{UDP_ONE_WAY, UDP_STREAM};
 pub use emit::{Ends, Unreachable};
+use owners::Claim;
+pub use owners::{Owners, Share};
 pub use port::Accepts;
 use port::{Port, Scratch};
 pub use tcp::{BUFFER_TO_GUEST, BUFFER_TO_HOST};
@@ -120,6 +123,11 @@ pub trait Host {
 
     /// Closes; with a reset to the other side if `is_reset`.
     fn close(&mut self, flow: usize, is_reset: bool);
+
+    /// Changes whether the path may fragment what a datagram socket sends.
+    fn set_dont_fragment(&mut self, flow: usize, dont_fragment: bool) {
+        let _ = (flow, dont_fragment);
+    }
 
     /// What the path of a datagram socket takes, in bytes of IP packet.
     fn path_mtu(&mut self, flow: usize) -> Option<u32>;
@@ -201,6 +209,8 @@ pub struct Settings {
     pub udp_stream: Duration,
     /// What the driver accepted.
     pub accepts: Accepts,
+    /// Where flows of other queue pairs are found; `None`: there is one pair.
+    pub share: Option<Share>,
 }
 
 impl Default for Settings {
@@ -211,6 +221,7 @@ impl Default for Settings {
             udp_one_way: UDP_ONE_WAY,
             udp_stream: UDP_STREAM,
             accepts: Accepts::default(),
+            share: None,
         }
     }
 }
@@ -264,6 +275,16 @@ struct Entry {
     timer: Option<Instant>,
     /// Tells the flow from earlier ones in the same place.
     serial: u64,
+}
+
+/// What became of a packet that has no flow yet.
+enum Opened {
+    /// It has this one now.
+    Here(usize),
+    /// Its flow is with this queue pair.
+    Elsewhere(u16),
+    /// It gets none.
+    No,
 }
 
 /// What a turn left.
@@ -413,6 +434,12 @@ impl Stack {
         }
     }
 
+    /// Bytes of an IP packet to the guest, at most.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.spec.mtu
+    }
+
     /// Flows there are.
     #[must_use]
     pub fn flow_count(&self) -> usize {
@@ -477,8 +504,24 @@ impl Stack {
         }
     }
 
+    /// The other queue pair that has the flow of this packet, if one has.
+    #[must_use]
+    pub fn elsewhere(&self, packet: &Packet) -> Option<u16> {
+        let share = self.settings.share.as_ref()?;
+        if packet.transport == Transport::Fragment {
+            // One pair puts them together: those of a packet may come through several.
+            return (share.pair != 0).then_some(0);
+        }
+        let key = flow_key(packet)?;
+        if self.by_key.contains_key(&key) {
+            return None;
+        }
+        share.elsewhere(&key)
+    }
+
     /// Takes a frame of the guest's. It is an IP packet from an address that the guest may have,
-    /// and neither a service's nor refused by policy.
+    /// and neither a service's nor refused by policy. `Some`: nothing was done, since this queue
+    /// pair opened its flow at the same moment.
     pub fn from_guest<W: Wire, H: Host>(
         &mut self,
         frame: &Frame<'_>,
@@ -486,36 +529,48 @@ impl Stack {
         wire: &mut W,
         host: &mut H,
         locals: &mut dyn Locals,
-    ) {
+    ) -> Option<u16> {
         let Net::Ip(packet) = &frame.net else {
             self.stats.unsupported.inc();
-            return;
+            return None;
         };
-        let Some((source, destination)) = packet.ports() else {
+        let Some(key) = flow_key(packet) else {
             self.stats.unsupported.inc();
-            return;
+            return None;
         };
-        let key = FlowKey::new(
-            Direction::Out,
-            packet.protocol,
-            (packet.source, source),
-            (packet.destination, destination),
-        );
         match packet.transport {
             Transport::Tcp { flags, .. } => {
-                self.tcp_from_guest(frame, packet, key, flags, now, wire, host, locals);
+                self.tcp_from_guest(frame, packet, key, flags, now, wire, host, locals)
             }
-            Transport::Udp { .. } => {
-                self.datagram_from_guest(frame, packet, key, now, wire, host);
-            }
-            Transport::Icmp {
+            Transport::Udp { .. }
+            | Transport::Icmp {
                 kind: 8 | 128,
                 code: 0,
                 ..
-            } => {
-                self.datagram_from_guest(frame, packet, key, now, wire, host);
+            } => self.datagram_from_guest(frame, packet, key, now, wire, host),
+            _ => {
+                self.stats.unsupported.inc();
+                None
             }
-            _ => self.stats.unsupported.inc(),
+        }
+    }
+
+    /// Whether a flow may be opened here; if so, [`Self::insert`] or [`Self::release`] comes next.
+    fn claim(&mut self, key: &FlowKey) -> Claim {
+        let claim = match &self.settings.share {
+            Some(share) => share.claim(key),
+            None if self.flows.len() >= self.settings.flows_max => Claim::Full,
+            None => Claim::Granted,
+        };
+        if claim == Claim::Full {
+            self.stats.table_full.inc();
+        }
+        claim
+    }
+
+    fn release(&self, key: &FlowKey) {
+        if let Some(share) = &self.settings.share {
+            share.release(key);
         }
     }
 
@@ -535,6 +590,7 @@ impl Stack {
     fn remove(&mut self, id: usize) {
         if let Some(entry) = self.flows.try_remove(id) {
             self.by_key.remove(&entry.key);
+            self.release(&entry.key);
             self.stats.closed.inc();
         }
     }
@@ -673,6 +729,33 @@ impl Stack {
         }
     }
 
+    /// Tells the guest what became of a packet of its own to `from`, that begins with `quote`, before
+    /// any flow saw it.
+    pub fn tell<W: Wire>(
+        &mut self,
+        from: IpAddr,
+        to: IpAddr,
+        why: Unreachable,
+        quote: &[u8],
+        wire: &mut W,
+    ) {
+        // RFC 1122, 3.2.2; RFC 4443, 2.4 (e).
+        let is_told = match from {
+            IpAddr::V4(from) => !from.is_multicast() && !from.is_broadcast(),
+            IpAddr::V6(from) => !from.is_multicast(),
+        };
+        if !is_told || !wire.has_room() {
+            return;
+        }
+        let ends = ends(&self.spec);
+        let frame = self.scratch.bytes();
+        if let Some(len) = emit::error(frame, ends, from, to, why, quote)
+            && let Some(frame) = frame.get(..len)
+        {
+            wire.send(NetHeader::default(), frame);
+        }
+    }
+
     /// A number for a connection into the guest that cannot keep its peer's address.
     fn port(&mut self) -> u16 {
         self.next_port = self.next_port.wrapping_add(1);
@@ -700,10 +783,6 @@ impl Stack {
     /// A connection to a published port: `flow` is to be given its socket at once. `None`: the
     /// table is full, or the guest has no such address; the connection is to be closed.
     pub fn accept(&mut self, peer: SocketAddr, guest_port: u16, now: Instant) -> Option<usize> {
-        if self.flows.len() >= self.settings.flows_max {
-            self.stats.table_full.inc();
-            return None;
-        }
         let peer = self.peer_as_seen(peer);
         let guest = SocketAddr::from((self.guest_address(peer.ip())?, guest_port));
         let key = FlowKey {
@@ -711,42 +790,44 @@ impl Stack {
             guest,
             peer,
         };
-        if self.by_key.contains_key(&key) {
+        if self.by_key.contains_key(&key) || self.claim(&key) != Claim::Granted {
             return None;
         }
         let time = smoltcp_time(self.epoch, now);
         // The interface has no call that only sets its clock.
         self.iface.poll_maintenance(time);
-        let flow = tcp::TcpFlow::inward(guest, peer, self.iface.context())?;
+        let Some(flow) = tcp::TcpFlow::inward(guest, peer, self.iface.context()) else {
+            self.release(&key);
+            return None;
+        };
         self.stats.tcp_opened.inc();
         let id = self.insert(key, Flow::Tcp(Box::new(flow)));
         self.make_ready(id);
         Some(id)
     }
 
-    /// A datagram to a published port.
+    /// A datagram to a published port; `None` for the port: only a flow that is there takes it.
+    /// `Some`: nothing was done, since this queue pair has the flow.
     #[expect(
         clippy::too_many_arguments,
         reason = "a datagram's four facts, and the three that every call takes"
     )]
     pub fn datagram_in<W: Wire, H: Host>(
         &mut self,
-        published: usize,
+        published: Option<usize>,
         peer: SocketAddr,
         guest_port: u16,
         payload: &[u8],
         now: Instant,
         wire: &mut W,
         host: &mut H,
-    ) {
+    ) -> Option<u16> {
         let seen = match self.route(peer.ip()) {
             Route::Host(_) => peer,
             // The port is kept, so that the same peer is the same flow.
             Route::Card | Route::None => (self.own_address(peer.ip()), peer.port()).into(),
         };
-        let Some(address) = self.guest_address(seen.ip()) else {
-            return;
-        };
+        let address = self.guest_address(seen.ip())?;
         let key = FlowKey {
             protocol: UDP,
             guest: (address, guest_port).into(),
@@ -754,11 +835,13 @@ impl Stack {
         };
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
-            None if self.flows.len() >= self.settings.flows_max => {
-                self.stats.table_full.inc();
-                return;
-            }
             None => {
+                let published = published?;
+                match self.claim(&key) {
+                    Claim::Granted => {}
+                    Claim::Of(pair) => return Some(pair),
+                    Claim::Full => return None,
+                }
                 self.stats.udp_opened.inc();
                 let flow = datagram::DatagramFlow::inward(published, peer, now);
                 self.insert(key, Flow::Datagram(Box::new(flow)))
@@ -768,6 +851,7 @@ impl Stack {
             flow.inbound(payload);
         }
         self.turn(id, now, wire, host);
+        None
     }
 
     /// Ends all flows: the guest is gone, or its driver starts anew.
@@ -775,6 +859,9 @@ impl Stack {
         for (id, entry) in &mut self.flows {
             if entry.flow.has_socket() {
                 host.close(id, true);
+            }
+            if let Some(share) = &self.settings.share {
+                share.release(&entry.key);
             }
         }
         self.flows.clear();
@@ -791,6 +878,22 @@ impl Flow {
             Self::Datagram(flow) => flow.has_socket(),
         }
     }
+}
+
+/// The flow of a packet of the guest's. `None`: it belongs to none.
+fn flow_key(packet: &Packet) -> Option<FlowKey> {
+    let (source, destination) = packet.ports()?;
+    let mut key = FlowKey::new(
+        Direction::Out,
+        packet.protocol,
+        (packet.source, source),
+        (packet.destination, destination),
+    );
+    if let Transport::Icmp { .. } = packet.transport {
+        // Echo has no ports: the identifier is the guest's.
+        key.peer.set_port(0);
+    }
+    Some(key)
 }
 
 fn ends(spec: &Spec) -> Ends {

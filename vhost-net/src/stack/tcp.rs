@@ -20,8 +20,8 @@ use smoltcp::iface::{Context, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 
 use super::{
-    Bench, Event, Flow, Host, Kind, Locals, Port, Route, Stack, Turn, Unreachable, Wire, after,
-    smoltcp_time, unreachable,
+    Bench, Claim, Event, Flow, Host, Kind, Locals, Opened, Port, Route, Stack, Turn, Unreachable,
+    Wire, after, smoltcp_time, unreachable,
 };
 use crate::frame::{Frame, Packet};
 use crate::local::{FlowKey, TcpService};
@@ -397,21 +397,22 @@ impl Stack {
         wire: &mut W,
         host: &mut H,
         locals: &mut dyn Locals,
-    ) {
+    ) -> Option<u16> {
         let bytes = frame.ip_bytes();
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
-            None if flags & (SYN | ACK | RST) != SYN => return self.reset(bytes, now, wire),
+            None if flags & (SYN | ACK | RST) != SYN => {
+                self.reset(bytes, now, wire);
+                return None;
+            }
             None => match self.open_tcp(packet, bytes, key, now, wire, host, locals) {
-                Some(id) => id,
-                None => return,
+                Opened::Here(id) => id,
+                Opened::Elsewhere(pair) => return Some(pair),
+                Opened::No => return None,
             },
         };
-        let Some(entry) = self.flows.get_mut(id) else {
-            return;
-        };
-        let Flow::Tcp(flow) = &mut entry.flow else {
-            return;
+        let Flow::Tcp(flow) = &mut self.flows.get_mut(id)?.flow else {
+            return None;
         };
         let mut port = Port {
             ingress: Some(bytes),
@@ -425,6 +426,7 @@ impl Stack {
         self.iface
             .poll_ingress_single(time, &mut port, &mut flow.sockets);
         self.make_ready(id);
+        None
     }
 
     #[allow(clippy::too_many_arguments)] // one call, one place
@@ -437,32 +439,38 @@ impl Stack {
         wire: &mut W,
         host: &mut H,
         locals: &mut dyn Locals,
-    ) -> Option<usize> {
-        if self.flows.len() >= self.settings.flows_max {
-            self.stats.table_full.inc();
-            self.reset(bytes, now, wire);
-            return None;
-        }
+    ) -> Opened {
         let (to, peer) = match self.route(packet.destination) {
             Route::Host(to) => (Some(to), Peer::Host),
             Route::Card => match locals.connect(key.peer, key.guest) {
                 Some(service) => (None, Peer::Local(service)),
                 None => {
                     self.reset(bytes, now, wire);
-                    return None;
+                    return Opened::No;
                 }
             },
             Route::None => {
                 self.stats.unroutable.inc();
                 self.refuse(packet, bytes, Unreachable::Host, wire);
-                return None;
+                return Opened::No;
             }
         };
-        let flow = TcpFlow::outward(&key, bytes, peer)?;
+        match self.claim(&key) {
+            Claim::Granted => {}
+            Claim::Of(pair) => return Opened::Elsewhere(pair),
+            Claim::Full => {
+                self.reset(bytes, now, wire);
+                return Opened::No;
+            }
+        }
+        let Some(flow) = TcpFlow::outward(&key, bytes, peer) else {
+            self.release(&key);
+            return Opened::No;
+        };
         let id = self.insert(key, Flow::Tcp(Box::new(flow)));
         self.stats.tcp_opened.inc();
         let Some(to) = to else {
-            return Some(id);
+            return Opened::Here(id);
         };
         if let Err(error) = host.open(id, Kind::Tcp, (to, key.peer.port()).into()) {
             self.stats.connect_failed.inc();
@@ -471,8 +479,8 @@ impl Stack {
                 Some(Unreachable::Port) | None => self.reset(bytes, now, wire),
                 Some(why) => self.refuse(packet, bytes, why, wire),
             }
-            return None;
+            return Opened::No;
         }
-        Some(id)
+        Opened::Here(id)
     }
 }

@@ -11,6 +11,8 @@ use super::*;
 use crate::frame::ETHERNET_LEN;
 use crate::frame::header::{GSO_TCPV4, NEEDS_CSUM};
 
+mod offload;
+
 const SERVER: &str = "192.0.2.7:80";
 
 /// Frames to the guest.
@@ -211,8 +213,12 @@ struct World {
 
 impl World {
     fn new(settings: Settings) -> Self {
+        Self::with(Spec::default(), settings)
+    }
+
+    fn with(spec: Spec, settings: Settings) -> Self {
         let now = Instant::now();
-        let spec = Arc::new(Spec::default());
+        let spec = Arc::new(spec);
         let mut nic = Nic::default();
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = 7;
@@ -220,9 +226,13 @@ impl World {
         guest.update_ip_addrs(|addresses| {
             let address = IpAddress::from(spec.v4.unwrap().address);
             addresses.push(IpCidr::new(address, 24)).unwrap();
+            let address = IpAddress::from(spec.v6.unwrap().address);
+            addresses.push(IpCidr::new(address, 64)).unwrap();
         });
         let gateway = spec.v4.unwrap().gateway;
         guest.routes_mut().add_default_ipv4_route(gateway).unwrap();
+        let gateway = spec.v6.unwrap().gateway;
+        guest.routes_mut().add_default_ipv6_route(gateway).unwrap();
         Self {
             stack: Stack::new(spec, settings, Arc::default(), 1, now),
             wire: Frames::default(),
@@ -292,7 +302,8 @@ impl World {
                 is_quiet = false;
                 self.largest = self.largest.max(frame.len());
                 let packet = frame[ETHERNET_LEN..].to_vec();
-                if packet[9] == TCP {
+                let is_v4 = packet[0] >> 4 == 4;
+                if packet[if is_v4 { 9 } else { 6 }] == TCP {
                     self.nic.rx.push_back(packet);
                 } else {
                     self.others.push(packet);

@@ -61,6 +61,17 @@ impl Device for Toy {
         2
     }
 
+    fn has_mtu(&self) -> bool {
+        true
+    }
+
+    fn set_mtu(&self, mtu: u64) -> Result<(), DeviceError> {
+        match mtu {
+            1500 => Ok(()),
+            _ => Err("another one".into()),
+        }
+    }
+
     fn queue_size_max(&self) -> u16 {
         256
     }
@@ -703,6 +714,18 @@ fn inflight_regions_that_do_not_fit_are_refused() {
     assert!(!raw.is_accepted(R::SET_INFLIGHT_FD, &area(1 << 20, 2), &fd));
     assert!(!raw.is_accepted(R::SET_INFLIGHT_FD, &area(1 << 20, 3), &fd));
     assert!(!raw.is_accepted(R::SET_INFLIGHT_FD, &area(1 << 20, 2), &[]));
+}
+
+#[test]
+fn an_mtu_that_the_device_refuses_is_answered_with_a_no_and_the_connection_goes_on() {
+    let mut house = House::new();
+    let raw = house.negotiated();
+    for (mtu, is_right) in [(1500, true), (64, false), (1500, true)] {
+        assert_eq!(
+            raw.is_accepted(R::NET_SET_MTU, &words(&[mtu]), &[]),
+            is_right
+        );
+    }
 }
 
 #[test]

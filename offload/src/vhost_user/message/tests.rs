@@ -139,10 +139,11 @@ fn requests_without_body_take_neither_body_nor_descriptors() {
 }
 
 #[test]
-fn feature_words_have_exactly_eight_bytes() {
+fn single_numbers_have_exactly_eight_bytes() {
     for request in [
         FrontendReq::SET_FEATURES,
         FrontendReq::SET_PROTOCOL_FEATURES,
+        FrontendReq::NET_SET_MTU,
     ] {
         assert!(parse(request, Bytes::new().u64(u64::MAX), 0).is_ok());
         assert!(is_length(parse(request, Bytes::new().u32(0), 0)));

@@ -6,6 +6,7 @@ const OFFER: Offer = Offer {
     queue_count: 2,
     queue_size_max: 256,
     has_config: true,
+    has_mtu: true,
 };
 
 const RING: UserRing = UserRing {
@@ -99,9 +100,28 @@ fn what_is_offered_is_what_is_handled() {
     // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS.
     assert_eq!(
         protocol.handle(Request::GetProtocolFeatures),
-        Ok(Reply::U64(1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 15))
+        Ok(Reply::U64(
+            1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 15
+        ))
     );
     assert_eq!(protocol.handle(Request::GetQueueNum), Ok(Reply::U64(2)));
+}
+
+#[test]
+fn an_mtu_is_told_to_a_device_that_wants_it_and_to_no_other() {
+    let mut protocol: Protocol<Fd> = Protocol::new(OFFER);
+    assert!(protocol.handle(Request::NetSetMtu(1500)).is_err());
+    ok(&mut protocol, Request::SetProtocolFeatures(1 << 4));
+    assert_eq!(protocol.handle(Request::NetSetMtu(1500)), Ok(Reply::Ack));
+    assert_eq!(protocol.next_action(), Some(Action::SetMtu(1500)));
+    let mut protocol: Protocol<Fd> = Protocol::new(Offer {
+        has_mtu: false,
+        ..OFFER
+    });
+    assert_eq!(
+        protocol.handle(Request::SetProtocolFeatures(1 << 4)),
+        Err(Refusal::ProtocolFeatures(1 << 4))
+    );
 }
 
 #[test]
