@@ -169,15 +169,17 @@ impl Kind {
             Self::QsdRaw => File::create(&file)
                 .and_then(|f| f.set_len(place.disk_len))
                 .map_err(|source| TargetError::Write { path: file, source }),
-            Self::QsdLuks => run(
-                Path::new(QEMU_IMG),
-                args(["create", "-q", "-f", "luks", "--object"])
-                    .chain([secret(&key), "-o".into()])
-                    .chain(args([
-                        "key-secret=k,cipher-alg=aes-256,cipher-mode=xts,iter-time=100",
-                    ]))
-                    .chain([file.into(), place.disk_len.to_string().into()]),
-            ),
+            Self::QsdLuks => again_when_too_quick(|| {
+                run(
+                    Path::new(QEMU_IMG),
+                    args(["create", "-q", "-f", "luks", "--object"])
+                        .chain([secret(&key), "-o".into()])
+                        .chain(args([
+                            "key-secret=k,cipher-alg=aes-256,cipher-mode=xts,iter-time=100",
+                        ]))
+                        .chain([file.clone().into(), place.disk_len.to_string().into()]),
+                )
+            }),
         }
     }
 
@@ -276,6 +278,22 @@ pub(crate) fn run(program: &Path, args: impl Iterator<Item = OsString>) -> Resul
     })
 }
 
+/// `qemu-img` measures how much key derivation fits into its `iter-time`, and gives up when the first
+/// piece of it took less than a tick of its clock: chance, so it is asked again.
+fn again_when_too_quick(create: impl Fn() -> Result<(), TargetError>) -> Result<(), TargetError> {
+    const TRIES: u32 = 8;
+    for _ in 1..TRIES {
+        match create() {
+            Err(TargetError::Failed { text, .. }) if text.contains(TOO_QUICK) => {}
+            done => return done,
+        }
+    }
+    create()
+}
+
+/// What it says then.
+const TOO_QUICK: &str = "Unable to get accurate CPU usage";
+
 /// Whether a program is on this PATH.
 #[must_use]
 pub fn is_on_path(program: &str, path: Option<OsString>) -> bool {
@@ -335,6 +353,27 @@ mod tests {
         assert!(!is_on_path("nothing", path()));
         assert!(is_on_path("sh", Some("/nowhere:/bin".into())));
         assert!(!is_on_path("sh", None));
+    }
+
+    #[test]
+    fn only_a_measurement_that_was_too_quick_is_tried_again() {
+        let tries = std::cell::Cell::new(0);
+        let fails = |until: u32, text: &str| {
+            tries.set(tries.get() + 1);
+            if tries.get() > until {
+                return Ok(());
+            }
+            Err(TargetError::Failed {
+                program: QEMU_IMG.into(),
+                text: text.into(),
+            })
+        };
+        assert!(again_when_too_quick(|| fails(3, TOO_QUICK)).is_ok());
+        assert_eq!(tries.replace(0), 4);
+        assert!(again_when_too_quick(|| fails(99, TOO_QUICK)).is_err());
+        assert!(tries.replace(0) < 20);
+        assert!(again_when_too_quick(|| fails(1, "No space left on device")).is_err());
+        assert_eq!(tries.get(), 1);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,6 +22,10 @@ const ECHO_PORT: u16 = 7007;
 const CONNECTORS: usize = 8;
 /// How often `iperf3` is asked again.
 const TRIES: u32 = 10;
+/// Runs that look for the rate without loss.
+const PROBES: u32 = 6;
+/// What still counts as none: a datagram in ten thousand.
+const LOSS_MAX: f64 = 1e-4;
 /// Round trips of a measurement at most.
 const ROUND_TRIPS: usize = 5000;
 
@@ -43,8 +47,10 @@ pub enum Load {
         /// How many others.
         idle: u16,
     },
-    /// UDP datagrams of 1400 bytes from the guest, as fast as they go.
-    UdpOut,
+    /// UDP datagrams of 1400 bytes from the guest, as fast as they go; those that arrive count.
+    UdpFlood,
+    /// The most of them that arrive without a loss.
+    UdpLossless,
     /// A datagram there and back.
     RoundTrip,
     /// Connections that are opened, used for one byte each way, and closed.
@@ -53,16 +59,31 @@ pub enum Load {
 
 impl Load {
     /// All, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::TcpOut { flows: 1 },
         Self::TcpIn { flows: 1 },
         Self::TcpOut { flows: 8 },
         Self::TcpIn { flows: 8 },
         Self::TcpBesideIdle { idle: 1000 },
-        Self::UdpOut,
+        Self::UdpFlood,
+        Self::UdpLossless,
         Self::RoundTrip,
         Self::Connect,
     ];
+
+    /// What it is called on the command line.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::TcpOut { flows } => format!("tcp-out-{flows}"),
+            Self::TcpIn { flows } => format!("tcp-in-{flows}"),
+            Self::TcpBesideIdle { .. } => "tcp-beside-idle".to_owned(),
+            Self::UdpFlood => "udp-flood".to_owned(),
+            Self::UdpLossless => "udp-lossless".to_owned(),
+            Self::RoundTrip => "round-trip".to_owned(),
+            Self::Connect => "connect".to_owned(),
+        }
+    }
 
     /// Unit of the figure.
     #[must_use]
@@ -79,6 +100,32 @@ impl Load {
     pub const fn is_latency(self) -> bool {
         matches!(self, Self::RoundTrip)
     }
+
+    /// Bits that a figure of this load stands for, in a run of so many seconds. `None`: it is not
+    /// about bytes, or the run is made of several.
+    #[must_use]
+    pub fn bits(self, figure: f64, seconds: f64) -> Option<f64> {
+        matches!(
+            self,
+            Self::TcpOut { .. } | Self::TcpIn { .. } | Self::TcpBesideIdle { .. } | Self::UdpFlood
+        )
+        .then_some(figure * 1e9 * seconds)
+    }
+}
+
+impl std::str::FromStr for Load {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        let load = Self::ALL.into_iter().find(|load| load.name() == text);
+        load.ok_or_else(|| {
+            format!(
+                "there is no load of this name; these there are: {}",
+                known()
+            )
+        })
+    }
 }
 
 impl fmt::Display for Load {
@@ -91,9 +138,12 @@ impl fmt::Display for Load {
             Self::TcpBesideIdle { idle } => {
                 write!(f, "TCP from the guest, 1 flow beside {idle} idle ones")
             }
-            Self::UdpOut => f.write_str("UDP from the guest, 1400 bytes, what arrives"),
+            Self::UdpFlood => {
+                f.write_str("UDP from the guest, 1400 bytes, what arrives of a flood")
+            }
+            Self::UdpLossless => f.write_str("UDP from the guest, 1400 bytes, without loss"),
             Self::RoundTrip => f.write_str("UDP round trip, 64 bytes, median"),
-            Self::Connect => f.write_str("New TCP connections"),
+            Self::Connect => f.write_str("TCP connections opened, used and closed"),
         }
     }
 }
@@ -150,7 +200,7 @@ impl Servers {
             .context("iperf3 does not start: install Debian's package iperf3")?;
         let stop = Arc::new(AtomicBool::new(false));
         let (listener, socket) = host.run(|| {
-            let address = SocketAddr::V4(SocketAddrV4::new(SERVER, ECHO_PORT));
+            let address = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, ECHO_PORT));
             Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?))
         })?;
         listener.set_nonblocking(false)?;
@@ -215,7 +265,8 @@ pub fn run(load: Load, guest: &Space, time: Duration) -> Result<f64> {
     match load {
         Load::TcpOut { flows } => iperf(guest, time, &["-P", &flows.to_string()]),
         Load::TcpIn { flows } => iperf(guest, time, &["-R", "-P", &flows.to_string()]),
-        Load::UdpOut => iperf(guest, time, &["-u", "-b", "0", "-l", "1400"]),
+        Load::UdpFlood => Ok(udp(guest, time, "0")?.0),
+        Load::UdpLossless => lossless(guest, time),
         Load::TcpBesideIdle { idle } => {
             let open = guest.run(|| open_idle(idle)).context("idle connections")?;
             let result = iperf(guest, time, &["-P", "1"]);
@@ -228,6 +279,38 @@ pub fn run(load: Load, guest: &Space, time: Duration) -> Result<f64> {
 }
 
 fn iperf(guest: &Space, time: Duration, arguments: &[&str]) -> Result<f64> {
+    Ok(gbit_s(&ask_iperf(guest, time, arguments)?))
+}
+
+/// Gbit/s that arrived, and the part that was lost.
+fn udp(guest: &Space, time: Duration, rate: &str) -> Result<(f64, f64)> {
+    let sum = ask_iperf(guest, time, &["-u", "-b", rate, "-l", "1400"])?;
+    Ok((gbit_s(&sum), sum.lost_percent.unwrap_or(0.0) / 100.0))
+}
+
+/// The highest rate at which nothing is lost, by bisection below what arrives of a flood.
+fn lossless(guest: &Space, time: Duration) -> Result<f64> {
+    let probe = time.min(Duration::from_secs(1));
+    let (mut low, mut high) = (0.0, udp(guest, probe, "0")?.0 * 1.25);
+    let mut best = 0.0;
+    for _ in 0..PROBES {
+        let rate = if low == 0.0 {
+            high / 2.0
+        } else {
+            f64::midpoint(low, high)
+        };
+        let (arrived, lost) = udp(guest, probe, &format!("{:.0}", rate * 1e9))?;
+        if lost <= LOSS_MAX {
+            low = rate;
+            best = f64::max(best, arrived);
+        } else {
+            high = rate;
+        }
+    }
+    Ok(best)
+}
+
+fn ask_iperf(guest: &Space, time: Duration, arguments: &[&str]) -> Result<Sum> {
     let mut command = guest.command("iperf3");
     command
         .args(["-c", &SERVER.to_string(), "-p", &IPERF_PORT.to_string()])
@@ -247,10 +330,13 @@ fn iperf(guest: &Space, time: Duration, arguments: &[&str]) -> Result<f64> {
         tries += 1;
     };
     let sum = report.end.sum_received.or(report.end.sum);
-    let sum = sum.context("iperf3's report has no sum in it")?;
-    // Of UDP, what was lost was sent only.
+    sum.context("iperf3's report has no sum in it")
+}
+
+/// Of UDP, what was lost was sent only.
+fn gbit_s(sum: &Sum) -> f64 {
     let arrived = 1.0 - sum.lost_percent.unwrap_or(0.0) / 100.0;
-    Ok(sum.bits_per_second * arrived / 1e9)
+    sum.bits_per_second * arrived / 1e9
 }
 
 /// What a command says, within a time. Its status does not matter: `iperf3` reports its errors.
@@ -265,7 +351,7 @@ fn timed(command: &mut Command, limit: Duration) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-fn open_idle(count: u16) -> io::Result<Vec<TcpStream>> {
+pub(super) fn open_idle(count: u16) -> io::Result<Vec<TcpStream>> {
     let address = SocketAddr::V4(SocketAddrV4::new(SERVER, ECHO_PORT));
     let limit = Duration::from_secs(5);
     (0..count)
@@ -324,4 +410,27 @@ fn connect(time: Duration) -> io::Result<f64> {
         })
     })?;
     Ok(count.into_inner() as f64 / begin.elapsed().as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_load_is_found_by_its_name_and_others_are_refused_with_a_list() {
+        for load in Load::ALL {
+            assert_eq!(load.name().parse(), Ok(load));
+        }
+        let error = "tcp".parse::<Load>().unwrap_err();
+        assert!(error.contains("tcp-in-8, tcp-beside-idle"), "{error}");
+    }
+
+    #[test]
+    fn what_was_lost_does_not_count_as_arrived() {
+        let sum = Sum {
+            bits_per_second: 2e9,
+            lost_percent: Some(25.0),
+        };
+        assert_eq!(gbit_s(&sum), 1.5);
+    }
 }

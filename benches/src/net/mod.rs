@@ -7,37 +7,36 @@
 //!
 //! The kernel's own TCP and an unmodified iperf3 stand for the guest, through the same client for every
 //! backend; each gets a guest of its own. Modules, from the pure to the impure: [`load`] what is
-//! measured, [`peer`] command lines, [`pump`] the frontend, [`tap`] and [`space`] the kernel's side.
+//! measured, [`report`] how it is shown, [`peer`] command lines, [`pump`] the frontend, [`tap`] and
+//! [`space`] the kernel's side.
 
 pub mod load;
 pub mod peer;
 pub mod pump;
+pub mod report;
 pub mod space;
 pub mod tap;
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use serde::Serialize;
 
 use self::load::{Load, Servers};
 use self::peer::Peer;
 use self::pump::Pump;
+use self::report::{Report, Row, Silent};
 use self::space::Space;
-use crate::blk::{bar, find_program, write};
-use crate::results::TargetInfo;
+use crate::blk::{bar, find_program, machine_load, write};
 use crate::server::Server;
-use crate::stats::Spread;
 use crate::target::is_on_path;
 
 /// What `net` takes.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Where results go: net.md and net.json
+    /// Where results go: net.md, net.json and net.svg
     #[arg(long, value_name = "DIR", default_value = "bench-results")]
     pub out: PathBuf,
     /// Rounds
@@ -52,32 +51,18 @@ pub struct Options {
     /// The card's program [default: vhost-net next to this program, built by cargo if that runs it]
     #[arg(long, value_name = "FILE")]
     pub card: Option<PathBuf>,
-    /// Measure only passt, for trying the client out
-    #[arg(long)]
-    pub only_passt: bool,
+    /// Measure only these: offload, "offload 1500", passt
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Loads, by name, like tcp-in-8; any other name says which there are [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub load: Vec<Load>,
 }
 
-/// All runs of one load.
-#[derive(Clone, Debug, Serialize)]
-struct Row {
-    load: Load,
-    unit: &'static str,
-    /// For each target: the figure of each round.
-    figures: Vec<Vec<f64>>,
-    /// For each target: part of a core that the backend used.
-    cpu: Vec<Vec<f64>>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-struct Report {
-    targets: Vec<TargetInfo>,
-    rounds: u32,
-    seconds: u64,
-    rows: Vec<Row>,
-    /// Part of a core that each uses attached and silent.
-    idle: Vec<f64>,
-    notes: Vec<String>,
-}
+/// Processes that want to run, per minute, above which rates are not to be trusted.
+const BUSY_LOAD: f64 = 0.8;
+/// Flows whose memory is looked at.
+const SILENT_FLOWS: u16 = 1000;
 
 /// A backend with its guest.
 struct Running {
@@ -85,6 +70,26 @@ struct Running {
     guest: Space,
     _pump: Pump,
     server: Server,
+}
+
+impl Running {
+    /// Descriptors that the backend has open.
+    fn descriptors(&self) -> usize {
+        let dir = format!("/proc/{}/fd", self.server.pid());
+        fs::read_dir(dir).map_or(0, Iterator::count)
+    }
+}
+
+/// What an open, silent TCP flow adds to a backend's memory, in KiB.
+fn flow_memory(target: &Running) -> Result<f64> {
+    let before = target.server.memory()?.resident;
+    let open = target.guest.run(|| load::open_idle(SILENT_FLOWS))?;
+    let more = target.server.memory()?.resident.saturating_sub(before);
+    drop(open);
+    // Until the backend has seen them end.
+    std::thread::sleep(Duration::from_secs(3));
+    #[allow(clippy::cast_precision_loss)]
+    Ok(more as f64 / 1024.0 / f64::from(SILENT_FLOWS))
 }
 
 /// Runs the comparison and writes its results.
@@ -95,21 +100,25 @@ pub fn run(options: &Options) -> Result<()> {
     fs::create_dir_all(&options.out)
         .with_context(|| format!("{} cannot be made", options.out.display()))?;
     let mut notes = Vec::new();
-    let mut peers = vec![];
-    let mut card = PathBuf::new();
-    if !options.only_passt {
-        card = find_program("vhost-net", options.card.as_deref())?;
-        peers.push(Peer::Offload);
-    }
+    let card = find_program("vhost-net", options.card.as_deref())?;
     let passt = match &options.passt {
         Some(passt) => Some(passt.clone()),
         None if is_on_path(peer::PASST, std::env::var_os("PATH")) => Some(peer::PASST.into()),
         None => None,
     };
-    match &passt {
-        Some(_) => peers.push(Peer::Passt),
-        None => notes.push("passt is not on PATH: skipped".to_owned()),
+    if passt.is_none() {
+        notes.push("passt is not on PATH: skipped".to_owned());
     }
+    if let Some(load) = machine_load().filter(|load| *load > BUSY_LOAD) {
+        notes.push(format!(
+            "the machine is busy (load {load}): trust ratios, not rates"
+        ));
+    }
+    let is_wanted = |peer: &Peer| {
+        (peer.is_card() || passt.is_some())
+            && (options.only.is_empty() || options.only.contains(&peer.info().name))
+    };
+    let peers: Vec<Peer> = Peer::ALL.into_iter().filter(is_wanted).collect();
     let dir = tempfile::Builder::new()
         .prefix("offload-net-")
         .tempdir_in("/tmp")
@@ -124,8 +133,21 @@ pub fn run(options: &Options) -> Result<()> {
         .iter()
         .map(|peer| start(*peer, &host, &card, &passt, dir.path()))
         .collect::<Result<_>>()?;
+    let before: Vec<usize> = running.iter().map(Running::descriptors).collect();
     let rows = measure(&running, options)?;
-    let idle = idle(&running)?;
+    let mut silent: Vec<Silent> = Vec::new();
+    // A choice of loads is for looking at them.
+    let loads = match options.load.as_slice() {
+        [] => idle(&running)?,
+        _ => Vec::new(),
+    };
+    for (target, (before, load)) in running.iter().zip(before.into_iter().zip(loads)) {
+        silent.push(Silent {
+            load,
+            flow_kib: flow_memory(target).with_context(|| target.peer.info().name)?,
+            left: target.descriptors().saturating_sub(before),
+        });
+    }
     drop(running);
     drop(servers);
     let report = Report {
@@ -133,15 +155,16 @@ pub fn run(options: &Options) -> Result<()> {
         rounds: options.rounds,
         seconds: options.time,
         rows,
-        idle,
+        silent,
         notes,
     };
-    let text = markdown(&report);
+    let text = report::markdown(&report);
     println!("{text}");
     write(&options.out.join("net.md"), &text)?;
+    write(&options.out.join("net.svg"), &report::svg(&report)?)?;
     let json = serde_json::to_string_pretty(&report).context("results as JSON")?;
     write(&options.out.join("net.json"), &json)?;
-    println!("table and JSON: {}", options.out.display());
+    println!("table, picture and JSON: {}", options.out.display());
     Ok(())
 }
 
@@ -161,16 +184,22 @@ fn start(peer: Peer, host: &Space, card: &Path, passt: &Path, dir: &Path) -> Res
 
 fn measure(running: &[Running], options: &Options) -> Result<Vec<Row>> {
     let time = Duration::from_secs(options.time);
-    let steps = Load::ALL.len() * running.len() * options.rounds as usize;
+    let loads = if options.load.is_empty() {
+        Load::ALL.to_vec()
+    } else {
+        options.load.clone()
+    };
+    let steps = loads.len() * running.len() * options.rounds as usize;
     let progress = bar(steps as u64, "{pos}/{len}, {eta} left");
     let empty = vec![Vec::new(); running.len()];
-    let mut rows: Vec<Row> = Load::ALL
-        .iter()
-        .map(|&load| Row {
+    let mut rows: Vec<Row> = loads
+        .into_iter()
+        .map(|load| Row {
             load,
             unit: load.unit(),
             figures: empty.clone(),
             cpu: empty.clone(),
+            bits: empty.clone(),
         })
         .collect();
     for round in 0..options.rounds as usize {
@@ -188,13 +217,8 @@ fn measure(running: &[Running], options: &Options) -> Result<Vec<Row>> {
                     format!("{}, {name}, which says:\n{tail}", row.load)
                 })?;
                 let used = target.server.cpu_time()?.saturating_sub(before);
-                let cpu = used.as_secs_f64() / begin.elapsed().as_secs_f64();
-                if let (Some(figures), Some(loads)) =
-                    (row.figures.get_mut(index), row.cpu.get_mut(index))
-                {
-                    figures.push(figure);
-                    loads.push(cpu);
-                }
+                let used = used.as_secs_f64();
+                row.push(index, figure, used, begin.elapsed().as_secs_f64(), time);
                 progress.inc(1);
             }
         }
@@ -218,111 +242,4 @@ fn idle(running: &[Running]) -> Result<Vec<f64>> {
     Ok(pairs
         .map(|(after, before)| after.saturating_sub(before).as_secs_f64() / time.as_secs_f64())
         .collect())
-}
-
-fn markdown(report: &Report) -> String {
-    let mut out = String::from("# Network card against its peers\n\n");
-    let _ = writeln!(
-        out,
-        "The kernel's TCP and iperf3 over one vhost-user client; {} rounds of {} s, median (min – max)\n",
-        report.rounds, report.seconds
-    );
-    for target in &report.targets {
-        let _ = writeln!(out, "- **{}**: {}", target.name, target.about);
-    }
-    for note in &report.notes {
-        let _ = writeln!(out, "- *{note}*");
-    }
-    out.push_str("\n| Load | Unit |");
-    for target in &report.targets {
-        let _ = write!(out, " {} | load of a core |", target.name);
-    }
-    out.push_str(" offload / passt |\n| --- | --- |");
-    for _ in &report.targets {
-        out.push_str(" ---: | ---: |");
-    }
-    out.push_str(" ---: |\n");
-    for row in &report.rows {
-        let _ = write!(out, "| {} | {} |", row.load, row.unit);
-        for (figures, cpu) in row.figures.iter().zip(&row.cpu) {
-            let _ = write!(out, " {} | {} |", spread(figures), percent(cpu));
-        }
-        let ratio = match row.figures.as_slice() {
-            [ours, theirs] => Spread::of_ratios(ours, theirs),
-            _ => None,
-        };
-        match ratio {
-            Some(ratio) => {
-                let _ = writeln!(
-                    out,
-                    " **{:.2}** ({:.2} – {:.2}) |",
-                    ratio.median, ratio.min, ratio.max
-                );
-            }
-            None => out.push_str(" – |\n"),
-        }
-    }
-    out.push_str("| Attached and silent | % of a core |");
-    for idle in &report.idle {
-        let _ = write!(out, " {:.3} | |", idle * 100.0);
-    }
-    out.push_str(" – |\n");
-    out
-}
-
-fn spread(figures: &[f64]) -> String {
-    let digits = |value: f64| {
-        if value >= 100.0 {
-            format!("{value:.0}")
-        } else {
-            format!("{value:.2}")
-        }
-    };
-    Spread::of(figures.iter().copied()).map_or_else(
-        || "–".to_owned(),
-        |s| {
-            format!(
-                "{} ({} – {})",
-                digits(s.median),
-                digits(s.min),
-                digits(s.max)
-            )
-        },
-    )
-}
-
-fn percent(values: &[f64]) -> String {
-    let spread = Spread::of(values.iter().copied());
-    spread.map_or_else(|| "–".to_owned(), |s| format!("{:.0} %", s.median * 100.0))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_row_is_as_wide_as_its_header() {
-        for targets in [1, 2] {
-            let report = Report {
-                targets: Peer::ALL.iter().take(targets).map(|p| p.info()).collect(),
-                rounds: 1,
-                seconds: 1,
-                rows: vec![Row {
-                    load: Load::UdpOut,
-                    unit: Load::UdpOut.unit(),
-                    figures: vec![vec![1.0]; targets],
-                    cpu: vec![vec![0.5]; targets],
-                }],
-                idle: vec![0.0; targets],
-                notes: vec![],
-            };
-            let text = markdown(&report);
-            let mut widths = text
-                .lines()
-                .filter(|line| line.starts_with('|'))
-                .map(|line| line.matches('|').count());
-            let first = widths.next().unwrap();
-            assert!(widths.all(|width| width == first), "{text}");
-        }
-    }
 }

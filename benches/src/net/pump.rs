@@ -33,6 +33,9 @@ const TX_LEN: usize = HEADER_LEN + 14 + 65_536 + 256;
 const RX_LEN: usize = 4096;
 /// Frames between two looks at what came back.
 const BATCH: usize = 64;
+/// Frames of the guest between two kicks, behind the first: what a queueing discipline hands a driver
+/// at once.
+const TX_BATCH: usize = 4;
 const NAP: Duration = Duration::from_millis(50);
 
 /// A connected backend. Dropping it ends the threads.
@@ -249,6 +252,8 @@ fn transmit_frames(mut queue: DriverQueue, tap: &File, stop: &AtomicBool) {
     let take = |used: offload::testing::driver::Used, out: &mut Vec<Option<Piece>>| {
         out.get_mut(usize::from(used.head)).and_then(Option::take)
     };
+    // As a driver does: what was sent is taken back with the next frames, without an interrupt.
+    queue.set_no_interrupt(true);
     while !stop.load(Ordering::Relaxed) {
         while let Some(used) = queue.poll_used() {
             free.extend(take(used, &mut out));
@@ -267,13 +272,18 @@ fn transmit_frames(mut queue: DriverQueue, tap: &File, stop: &AtomicBool) {
                 None => free.push(piece),
             }
             count += 1;
+            if count == 1 || count % TX_BATCH == 0 {
+                queue.kick();
+            }
         }
         if count > 0 {
             queue.kick();
         } else if free.is_empty() {
+            queue.set_no_interrupt(false);
             if let Some(used) = queue.wait_used(NAP) {
                 free.extend(take(used, &mut out));
             }
+            queue.set_no_interrupt(true);
         } else {
             let timeout = Timespec::try_from(NAP).ok();
             let mut fds = [PollFd::from_borrowed_fd(tap.as_fd(), PollFlags::IN)];

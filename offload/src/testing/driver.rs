@@ -477,8 +477,12 @@ impl DriverQueue {
         is_ready && rustix::io::read(&self.call, &mut counter).is_ok()
     }
 
-    /// Asks the device not to interrupt, or to interrupt again; without EVENT_IDX only.
+    /// Asks the device not to interrupt, or to interrupt again; does nothing with EVENT_IDX, where it is
+    /// asked by [`Self::wait_used`].
     pub fn set_no_interrupt(&mut self, is_off: bool) {
+        if self.features & EVENT_IDX != 0 {
+            return;
+        }
         let flags = self.avail.atomic::<AtomicU16>(0);
         flags.store(u16::from(is_off).to_le(), Ordering::Relaxed);
     }
