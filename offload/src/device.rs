@@ -141,6 +141,13 @@ pub trait QueueHandler {
         false
     }
 
+    /// Whether what was done since the last round's end is enough to be shown to the driver before more
+    /// chains are handed over. Asked after each chain: large ones would make the driver wait for all of
+    /// a batch, and then the handler for the driver.
+    fn has_enough(&self) -> bool {
+        false
+    }
+
     /// The ring is to stop: no chain comes any more, and the stop waits for those held. What the
     /// handler holds back by its own choice (rate limits) has to go on now. Called in each round
     /// until the ring has stopped.

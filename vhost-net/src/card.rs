@@ -134,7 +134,7 @@ impl CardStats {
             registry.counter(name, help, Vec::new(), Arc::clone(counter));
         }
         type Read = fn(&Stats) -> &Counter;
-        let stack: [(&'static str, &'static str, Read); 10] = [
+        let stack: [(&'static str, &'static str, Read); 11] = [
             ("tcp_flows_opened", "TCP flows opened", |s| &s.tcp_opened),
             ("udp_flows_opened", "UDP flows opened", |s| &s.udp_opened),
             ("ping_flows_opened", "Echo flows opened", |s| &s.ping_opened),
@@ -148,6 +148,11 @@ impl CardStats {
                 "connects_failed",
                 "Connections that the host could not make",
                 |s| &s.connect_failed,
+            ),
+            (
+                "tcp_segments_dropped",
+                "TCP segments dropped for want of memory while the host stood still",
+                |s| &s.segments_dropped,
             ),
             (
                 "datagrams_dropped",
@@ -222,6 +227,10 @@ struct Watched<'a, W> {
 impl<W: Wire> Wire for Watched<'_, W> {
     fn has_room(&self) -> bool {
         self.wire.has_room()
+    }
+
+    fn has_enough(&self) -> bool {
+        self.wire.has_enough()
     }
 
     fn send(&mut self, header: NetHeader, frame: &[u8]) {

@@ -13,7 +13,18 @@ const CAPABILITIES: Capabilities = Capabilities {
     features: &[],
 };
 
+/// Buffers of this many bytes are mapped by themselves: pages that a flow never needed are never
+/// there, and those that it did need are gone with it. glibc's own threshold grows with the first
+/// such buffer that is freed; later ones would come from the heap, to be zeroed whole.
+#[cfg(target_env = "gnu")]
+const MAPPED_FROM: libc::c_int = 128 << 10;
+
 fn main() -> ExitCode {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) sets a number; no other thread allocates yet.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
+    }
     // Other arguments, missing and wrong ones too, do not matter then.
     if capabilities_asked(std::env::args_os()) {
         return match CAPABILITIES.print(std::io::stdout().lock()) {

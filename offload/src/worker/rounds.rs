@@ -149,7 +149,8 @@ impl<H: QueueHandler> Rounds<H> {
         engine.current = slot;
         let mut popped = 0;
         let mut malformed = None;
-        while popped < POP_BATCH {
+        let mut has_enough = false;
+        while popped < POP_BATCH && !has_enough {
             let Some(ring) = engine.rings.get_mut(slot) else {
                 return false;
             };
@@ -164,6 +165,7 @@ impl<H: QueueHandler> Rounds<H> {
                 Some(Popped::Chain(mut chain)) => {
                     chain.token.slot = slot as u16;
                     handler.request(chain, &mut QueueIo { engine });
+                    has_enough = handler.has_enough();
                     engine.current = slot;
                 }
                 Some(Popped::Malformed(token, fault)) => {
@@ -186,7 +188,7 @@ impl<H: QueueHandler> Rounds<H> {
             }
             handler.batch_end(&mut QueueIo { engine });
         }
-        popped == POP_BATCH
+        popped == POP_BATCH || has_enough
     }
 
     /// Ends the ring once nothing of it is held.

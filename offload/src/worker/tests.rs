@@ -35,6 +35,8 @@ enum Mode {
     OneAWake,
     /// One in each round, and rounds go on until all are answered.
     OneARound,
+    /// In `request`, and each is enough for a round.
+    EnoughAtOnce,
 }
 
 /// Copies the first readable buffer to the first writable one.
@@ -190,7 +192,7 @@ impl EchoQueue {
 
 impl QueueHandler for EchoQueue {
     fn request(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
-        if self.echo.mode == Mode::AtOnce {
+        if matches!(self.echo.mode, Mode::AtOnce | Mode::EnoughAtOnce) {
             return self.answer(chain, io);
         }
         let place = self
@@ -253,6 +255,10 @@ impl QueueHandler for EchoQueue {
 
     fn has_more(&self) -> bool {
         self.echo.mode == Mode::OneARound && self.count > 0
+    }
+
+    fn has_enough(&self) -> bool {
+        self.echo.mode == Mode::EnoughAtOnce
     }
 
     fn deadline(&self) -> Option<Instant> {

@@ -20,7 +20,7 @@ use offload::worker::QueueIo;
 
 use super::exchange::{Link, Mail};
 use super::limits::offer;
-use super::rings::{RxSide, gather};
+use super::rings::{ROUND_BYTES, RxSide, gather};
 use super::{Negotiated, Shared};
 use crate::card::Card;
 use crate::frame::FRAME_MAX;
@@ -54,6 +54,8 @@ pub struct Pair {
     /// Chains that wait for another pair's inbox, or behind one that does.
     held: VecDeque<Chain>,
     buffer: Box<[u8]>,
+    /// Bytes that came from the guest since the rings were published.
+    taken: usize,
     happened: Vec<Happened>,
     /// Sockets may have events that were not taken yet.
     has_events: bool,
@@ -100,6 +102,7 @@ impl Pair {
             held: VecDeque::new(),
             tx_gate: shared.limits.tx_gate(),
             buffer: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
+            taken: 0,
             happened: Vec::new(),
             has_events: false,
             is_armed: false,
@@ -282,6 +285,7 @@ impl Pair {
             self.shared.stats.moved.inc();
         }
         self.tx_stats.bytes_written.add(frame.len() as u64);
+        self.taken += frame.len();
         io.complete(chain.token, 0);
         None
     }
@@ -374,6 +378,12 @@ impl QueueHandler for Pair {
         let mut wire = self.rx.wire(io);
         self.card.run(self.now, &mut wire, &mut self.host);
         self.is_stalled = !wire.has_room();
+        self.rx.next_round();
+        self.taken = 0;
+    }
+
+    fn has_enough(&self) -> bool {
+        self.taken >= ROUND_BYTES
     }
 
     fn has_more(&self) -> bool {

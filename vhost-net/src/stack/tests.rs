@@ -20,11 +20,15 @@ const SERVER: &str = "192.0.2.7:80";
 struct Frames {
     frames: Vec<(NetHeader, Vec<u8>)>,
     is_full: bool,
+    has_enough: bool,
 }
 
 impl Wire for Frames {
     fn has_room(&self) -> bool {
         !self.is_full
+    }
+    fn has_enough(&self) -> bool {
+        self.has_enough
     }
     fn send(&mut self, header: NetHeader, frame: &[u8]) {
         self.frames.push((header, frame.to_vec()));
@@ -485,7 +489,7 @@ fn a_host_that_takes_nothing_closes_the_guests_window() {
     let (mut world, handle, flow) = World::connected();
     world.host.get(flow).room = 0;
     let mut sent = 0;
-    for _ in 0..200 {
+    for _ in 0..400 {
         sent += world.socket(handle).send_slice(&[1; 9000]).unwrap();
         world.settle();
     }
@@ -521,6 +525,77 @@ fn a_guest_that_takes_nothing_stops_the_reading_of_the_host() {
         world.settle();
     }
     assert_eq!(got, 3 << 20);
+}
+
+#[test]
+fn a_wire_that_has_enough_is_given_the_rest_later() {
+    let (mut world, handle, flow) = World::connected();
+    world.host.get(flow).inbox.extend([7; 1000]);
+    world.wire.has_enough = true;
+    world.event(flow, true, true, false);
+    assert!(!world.socket(handle).can_recv());
+    assert!(world.stack.has_work());
+    world.wire.has_enough = false;
+    world.settle();
+    assert_eq!(world.socket(handle).recv_queue(), 1000);
+}
+
+#[test]
+fn a_flow_uses_large_buffers_only_when_it_needs_them_and_gives_them_back_at_its_end() {
+    let (mut world, handle, flow) = World::connected();
+    world.host.get(flow).inbox.extend([7; 1000]);
+    world.event(flow, true, true, false);
+    assert_eq!(world.stack.bulk, 0);
+    world.host.get(flow).room = 0;
+    for _ in 0..100 {
+        world.socket(handle).send_slice(&[1; 9000]).unwrap();
+        world.settle();
+    }
+    assert_eq!(world.stack.bulk, 1);
+    world.socket(handle).abort();
+    world.settle();
+    assert_eq!((world.stack.flow_count(), world.stack.bulk), (0, 0));
+}
+
+#[test]
+fn flows_beyond_the_large_ones_hold_little_and_lose_nothing() {
+    let (mut world, handle, flow) = World::connected();
+    world.stack.bulk = BULK_MAX;
+    // To a host that takes nothing.
+    world.host.get(flow).room = 0;
+    let mut sent = 0;
+    for _ in 0..100 {
+        sent += world.socket(handle).send_slice(&[1; 9000]).unwrap();
+        world.settle();
+    }
+    assert!(
+        sent > BUFFER_SMALL && sent <= BUFFER_SMALL + (1 << 17),
+        "{sent}"
+    );
+    assert!(world.stack.stats.segments_dropped.get() > 0);
+    world.host.get(flow).room = usize::MAX;
+    world.event(flow, false, true, false);
+    for _ in 0..50 {
+        world.now += Duration::from_millis(500);
+        world.settle();
+    }
+    assert_eq!(world.host.get(flow).outbox.len(), sent);
+    // To a guest that takes nothing.
+    let total = 3 << 20;
+    let inbox = &mut world.host.get(flow).inbox;
+    inbox.extend(std::iter::repeat_n(5, total));
+    world.event(flow, true, true, false);
+    let held = total - world.host.get(flow).inbox.len();
+    assert!(held <= BUFFER_SMALL, "{held}");
+    let mut got = 0;
+    for _ in 0..2000 {
+        let socket = world.socket(handle);
+        if socket.can_recv() {
+            got += socket.recv(|bytes| (bytes.len(), bytes.len())).unwrap();
+        }
+        world.settle();
+    }
+    assert_eq!((got, world.stack.bulk), (total, BULK_MAX));
 }
 
 #[test]

@@ -44,6 +44,26 @@ fn a_busy_guest_is_told_of_a_few_completions_together() {
 }
 
 #[test]
+fn a_handler_that_has_enough_gets_the_next_chain_in_the_next_round_without_a_kick() {
+    let echo = Echo::new(Mode::EnoughAtOnce);
+    let (thread, _) = spawn(&echo, 0);
+    let ram = GuestRam::new(1 << 20);
+    let mut client = Client::new(&ram, 64, 0, false);
+    for _ in 0..32 {
+        assert!(client.send());
+    }
+    client.driver.publish();
+    thread.start(client.driver.ring_config(0, None)).unwrap();
+    for _ in 0..32 {
+        let used = client.driver.wait_used(PATIENCE).expect("an answer");
+        client.check(used);
+    }
+    thread.stop().unwrap();
+    let rounds = echo.rounds.load(Ordering::Relaxed);
+    assert!(rounds >= 32, "{rounds} rounds");
+}
+
+#[test]
 fn a_busy_guest_is_told_of_a_completion_that_no_other_follows() {
     const WAIT: Duration = Duration::from_secs(5);
     for poll_limit in [0, 3, 3000].map(Duration::from_micros) {
