@@ -145,8 +145,8 @@ pub struct Ended {
 }
 
 impl Vm {
-    /// Starts `host-shim run` on a VM of `disks`; `more` are further lines of its `[vm]` section, and
-    /// sections behind it.
+    /// Starts `host-shim run` on a VM of `disks`; `more` are further lines of its `[vm]` section, `memory`
+    /// first if it is among them, and sections behind it.
     /// Does not wait for anything.
     ///
     /// # Panics
@@ -415,8 +415,13 @@ impl Drop for Vm {
 }
 
 fn spec_text(disks: &[Disk], more: &str) -> String {
+    let memory = if more.starts_with("memory = ") {
+        ""
+    } else {
+        "memory = \"256M\"\n"
+    };
     let mut spec = format!(
-        "[vm]\nname = \"e2e\"\nmemory = \"256M\"\naccel = \"tcg\"\nkernel = \"vmlinuz\"\n\
+        "[vm]\nname = \"e2e\"\n{memory}accel = \"tcg\"\nkernel = \"vmlinuz\"\n\
          initrd = \"initrd\"\ncmdline = \"{CMDLINE}\"\n{more}\n[run]\ndir = \"run\"\n\
          stop-timeout = 1\n"
     );

@@ -8,6 +8,8 @@
 //! | [`binaries`] | the binaries under test, built if they are not |
 //! | [`lab`] | a temporary folder with keys and volumes, and the `vhost-blk` commands on them |
 //! | [`guest`] | a running VM, and conversations with it |
+//! | [`names`] | name servers of the host's |
+//! | [`rootfs`] | Debian with cloud-init, to be a guest's root |
 //! | [`stamp`] | sectors that tell what they are; shared with `stamper`, which runs in the guest |
 //! | [`tools`] | a disk with large programs of the host |
 //!
@@ -18,5 +20,7 @@
 pub mod binaries;
 pub mod guest;
 pub mod lab;
+pub mod names;
+pub mod rootfs;
 pub mod stamp;
 pub mod tools;

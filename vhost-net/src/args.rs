@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -153,15 +153,16 @@ pub struct InterfaceArgs {
     /// Search domain, in DHCP
     #[arg(long, value_name = "DOMAIN", value_parser = name)]
     pub domain: Option<String>,
-    /// Name server that the guest's questions go to; those of /etc/resolv.conf if left out
-    #[arg(long, value_name = "ADDRESS")]
-    pub dns_upstream: Vec<IpAddr>,
+    /// Name server that the guest's questions go to, `ADDRESS` or `ADDRESS:PORT`; those of
+    /// /etc/resolv.conf, also when it changes, if left out
+    #[arg(long, value_name = "ADDRESS", value_parser = name_server)]
+    pub dns_upstream: Vec<SocketAddr>,
 }
 
 impl InterfaceArgs {
     /// The interface; `resolvers` are asked if no others are named.
     #[must_use]
-    pub fn spec(&self, resolvers: Vec<IpAddr>) -> Spec {
+    pub fn spec(&self, resolvers: Vec<SocketAddr>) -> Spec {
         let (address, prefix_len) = self.ipv4;
         let shift = 32_u32.saturating_sub(u32::from(prefix_len));
         let mask = u32::MAX.checked_shl(shift).unwrap_or(0);
@@ -200,6 +201,15 @@ fn mac(text: &str) -> Result<EthernetAddress, String> {
     let mac: Option<EthernetAddress> = text.parse().ok();
     mac.filter(EthernetAddress::is_unicast).ok_or_else(|| {
         "a hardware address is like 52:54:00:12:34:56, and of one machine".to_owned()
+    })
+}
+
+pub(crate) fn name_server(text: &str) -> Result<SocketAddr, String> {
+    let address: Option<IpAddr> = text.parse().ok();
+    let with_port = address.map(|address| (address, crate::services::dns::PORT).into());
+    let parsed = with_port.or_else(|| text.parse().ok());
+    parsed.ok_or_else(|| {
+        "a name server is like 192.0.2.1, 192.0.2.1:5353 or [2001:db8::1]:5353".to_owned()
     })
 }
 

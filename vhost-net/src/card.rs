@@ -495,6 +495,9 @@ impl<L: Local> Card<L> {
                 self.stats.unasked.inc();
             }
         }
+        for key in self.outbox.woken.drain(..) {
+            self.stack.wake(&key);
+        }
     }
 
     /// Does what is due, and gives flows their turns.

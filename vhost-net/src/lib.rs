@@ -26,6 +26,7 @@
 //! | [`local`] | what the services and the policy look like from the data path |
 //! | [`services`] | ARP, ND, DHCP, DHCPv6, DNS, metadata, ping: what the card itself is on the link |
 //! | [`capture`] | frames of a running interface, for whoever asks for them |
+//! | [`memory`] | how memory of flows is given back |
 //! | [`metrics`] | what services and policy count, as the control socket shows it |
 //! | [`policy`] | source check, security groups, connection tracking, flow log, capture format |
 //!
@@ -41,6 +42,7 @@ pub mod frame;
 pub mod host;
 pub mod local;
 pub mod locals;
+pub mod memory;
 pub mod metrics;
 pub mod policy;
 pub mod services;

@@ -28,6 +28,8 @@ pub struct Outgoing {
     pub to: SocketAddr,
     /// What to send.
     pub payload: Vec<u8>,
+    /// Over TCP, behind its length (RFC 7766); the answer is handed in without.
+    pub is_stream: bool,
 }
 
 /// What services want to happen.
@@ -40,6 +42,8 @@ pub struct Outbox {
     pub outgoing: Vec<Outgoing>,
     /// Tokens of earlier [`Self::outgoing`] whose answers are no longer waited for.
     pub over: Vec<u64>,
+    /// Connections to services of the card's that have something to say.
+    pub woken: Vec<FlowKey>,
 }
 
 /// A byte-stream service of the card's own. One object a connection.

@@ -13,6 +13,7 @@ use crate::policy::flowlog::{FLOWS_MAX, FlowLog};
 use crate::policy::{Policy, PolicyOptions, SharedRules};
 use crate::services::Services;
 use crate::services::dns::Dns;
+use crate::services::dns::upstream::Upstream;
 use crate::services::imds::Imds;
 use crate::spec::Spec;
 use crate::stack::Locals;
@@ -29,6 +30,8 @@ pub struct LocalOptions {
     pub policy: PolicyOptions,
     /// The metadata service; `None`: connections to it are refused.
     pub imds: Option<Arc<Imds>>,
+    /// The name servers, which may change; `None`: those of the specification.
+    pub upstream: Option<Arc<Upstream>>,
     /// Names of other machines on the guest's network.
     pub peers: Vec<(String, Vec<IpAddr>)>,
     /// The flow log; `None`, or no rules: there is none.
@@ -75,7 +78,10 @@ impl LocalSide {
         let log = policy.as_mut().and_then(Policy::log);
         let windows = log.zip(options.flow_log.as_ref());
         let windows = windows.map(|(log, options)| (options.feed.clone(), log.due()));
-        let dns = Dns::new(spec, &options.peers, Box::new(random));
+        let mut dns = Dns::new(spec, &options.peers, Box::new(random));
+        if let Some(upstream) = &options.upstream {
+            dns = dns.following(Arc::clone(upstream));
+        }
         let mut services = Services::new(Arc::clone(spec), advertises, now).with_dns(dns);
         if let Some(imds) = &options.imds {
             services = services.with_imds(Arc::clone(imds));
@@ -126,8 +132,8 @@ impl Drop for LocalSide {
 }
 
 impl Locals for LocalSide {
-    fn connect(&mut self, to: SocketAddr, _: SocketAddr) -> Option<Box<dyn TcpService>> {
-        self.services.connect(to, Instant::now())
+    fn connect(&mut self, to: SocketAddr, from: SocketAddr) -> Option<Box<dyn TcpService>> {
+        self.services.connect(to, from, Instant::now())
     }
 }
 

@@ -16,7 +16,7 @@ use crate::services::imds::Imds;
 type Read = fn(&ServiceStats, &PolicyStats) -> u64;
 
 /// Of whom, what, and where it is found.
-const COUNTED: [(&str, &str, Read); 30] = [
+const COUNTED: [(&str, &str, Read); 32] = [
     ("arp", "answered", |s, _| s.arp.answered),
     ("arp", "malformed", |s, _| s.arp.malformed),
     ("arp", "conflict", |s, _| s.arp.conflicts),
@@ -39,6 +39,8 @@ const COUNTED: [(&str, &str, Read); 30] = [
     ("dns", "unanswered", |s, _| s.dns.unanswered),
     ("dns", "crowded", |s, _| s.dns.crowded),
     ("dns", "forged", |s, _| s.dns.forged),
+    ("dns", "truncated", |s, _| s.dns.truncated),
+    ("dns", "streamed", |s, _| s.dns.streamed),
     ("all", "limited", |s, _| s.limited),
     ("all", "spoofed", |s, _| s.spoofed),
     ("all", "malformed", |s, _| s.malformed),

@@ -3,7 +3,7 @@
 //!
 //! Addresses are [`std::net`]'s, which are smoltcp's too.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::wire::EthernetAddress;
 
@@ -30,7 +30,7 @@ pub struct Spec {
     /// Search domain.
     pub domain: Option<String>,
     /// The servers that the card's resolver asks, in the host's network; empty: no DNS.
-    pub upstream_dns: Vec<IpAddr>,
+    pub upstream_dns: Vec<SocketAddr>,
 }
 
 /// IPv4 of an interface.

@@ -14,6 +14,7 @@ mod control;
 mod groups;
 mod limits;
 mod publish;
+mod resolvers;
 mod serve;
 mod status;
 

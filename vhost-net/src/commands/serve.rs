@@ -3,7 +3,6 @@
 //! In this order, because each step needs what a later one takes away: sockets and published ports,
 //! then the sandbox, then threads and frontends.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +17,7 @@ use offload::vhost_user::Backend;
 
 use super::control::{self, Facts};
 use super::read_toml;
+use super::resolvers::{self, Resolvers};
 use crate::args::ServeArgs;
 use crate::device::NetDevice;
 use crate::device::publisher::{Publisher, default_groups};
@@ -26,6 +26,7 @@ use crate::locals::{FlowLogOptions, LocalOptions};
 use crate::policy::SharedRules;
 use crate::policy::flowfile::FlowFile;
 use crate::policy::flowlog::Identity;
+use crate::services::dns::upstream::Upstream;
 use crate::services::imds::{Imds, MetadataSpec, interface_id};
 use crate::spec::Spec;
 use crate::stack::Settings;
@@ -46,9 +47,14 @@ const SOCKET_CALLS: &[i64] = &[
 ];
 
 pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    crate::memory::use_fresh_pages();
     // First of all: what is at the number of --fd belongs to us before anything else is opened.
     let listener = args.socket.open()?;
-    let spec = args.interface.spec(resolvers());
+    let mut host = Resolvers::of_host();
+    let spec = args.interface.spec(host.read().unwrap_or_default());
+    let upstream = Arc::new(Upstream::new(&spec.upstream_dns));
+    // Servers that somebody named are those.
+    let followed = args.interface.dns_upstream.is_empty().then_some(host);
     let timeouts = args.policy.options().timeouts;
     let settings = Settings {
         flows_max: args.flows as usize,
@@ -57,7 +63,8 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         udp_stream: Duration::from_secs(timeouts.udp_stream.into()),
         ..Settings::default()
     };
-    let (local, flow_log) = local(args, &spec)?;
+    let (mut local, flow_log) = local(args, &spec)?;
+    local.upstream = Some(Arc::clone(&upstream));
     let device = Arc::new(NetDevice::new(spec, settings, local, args.queue_pairs));
     let limits = args.limits.spec();
     device
@@ -93,11 +100,12 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
             may_ping: Arc::clone(&may_ping_now),
             stop: stop.clone(),
         };
-        anyhow::Ok(control::methods(server, facts))
+        let server = control::methods(server, facts);
+        anyhow::Ok(resolvers::methods(server, &upstream))
     });
     let control = control.transpose()?;
 
-    let report = sandbox(args).context("cannot set up the sandbox")?;
+    let report = sandbox(args, followed.as_ref()).context("cannot set up the sandbox")?;
     tracing::info!("sandboxed: {report}");
     // As the user that it is now.
     if !may_ping() {
@@ -113,6 +121,11 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         .transpose()?;
     // Dropped after the queues' threads, which leave their last windows to it.
     let flow_log = flow_log.map(FlowFile::spawn).transpose()?;
+    // Ends with the process if not before: it holds nothing.
+    let _followed = followed
+        .map(|host| host.follow(upstream, stop.clone()))
+        .transpose()
+        .context("cannot follow the host's name servers")?;
     let backend = Backend::new(Arc::clone(&device), device.queue_stats())?;
     tracing::info!("serving {}", describe(&device));
     let served = backend.serve(listener, &stop);
@@ -177,14 +190,10 @@ fn describe(device: &NetDevice) -> String {
     )
 }
 
-/// The host's own name servers. What is not there or cannot be read is none.
-fn resolvers() -> Vec<IpAddr> {
-    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let server = |line: &str| line.trim().strip_prefix("nameserver")?.trim().parse().ok();
-    text.lines().filter_map(server).collect()
-}
-
-fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {
+fn sandbox(
+    args: &ServeArgs,
+    followed: Option<&Resolvers>,
+) -> Result<offload::sandbox::Report, offload::sandbox::SandboxError> {
     let mut builder = Sandbox::builder()
         .seccomp(args.seccomp)
         .network()
@@ -193,6 +202,9 @@ fn sandbox(args: &ServeArgs) -> Result<offload::sandbox::Report, offload::sandbo
         .max_open_files(u64::from(args.flows) + SPARE_DESCRIPTORS);
     if let Some(user) = args.user {
         builder = builder.user(user);
+    }
+    if let Some(path) = followed.and_then(Resolvers::reach) {
+        builder = builder.read(path);
     }
     // The sockets' own files are removed in the end.
     let paths = args.socket.socket_path.iter().chain(&args.control_socket);

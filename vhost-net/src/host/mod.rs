@@ -24,11 +24,12 @@ use rustix::net::{
 use crate::local::Outgoing;
 use crate::stack::{Event, Host, Kind, Report};
 
+mod asked;
 mod path;
 pub mod publish;
 
+use asked::Asked;
 pub use path::may_ping;
-
 use publish::{Published, Transport};
 
 /// Events taken at a time.
@@ -65,7 +66,7 @@ pub struct HostSockets {
     /// By numbers that are never used again: a flow of datagrams remembers its port's.
     published: HashMap<usize, Arc<Published>>,
     published_next: usize,
-    asked: HashMap<u64, OwnedFd>,
+    asked: HashMap<u64, Asked>,
 }
 
 impl std::fmt::Debug for HostSockets {
@@ -239,10 +240,9 @@ impl HostSockets {
     /// # Errors
     /// The kernel's; `WouldBlock`: nothing there.
     pub fn answer(&mut self, token: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let fd = self.asked.get(&token);
-        let fd = fd.ok_or(io::Error::from(io::ErrorKind::NotConnected))?;
-        let (len, _) = rustix::net::recv(fd, buffer, RecvFlags::empty())?;
-        Ok(len)
+        let asked = self.asked.get_mut(&token);
+        let asked = asked.ok_or(io::Error::from(io::ErrorKind::NotConnected))?;
+        asked.answer(buffer)
     }
 
     /// A published port by its number in [`Happened::Published`].
@@ -321,15 +321,10 @@ impl Host for HostSockets {
     }
 
     fn ask(&mut self, question: &Outgoing) -> io::Result<()> {
-        let family = family(&question.to);
-        let kind = SocketType::DGRAM;
-        let fd = rustix::net::socket_with(family, kind, FLAGS, Some(ipproto::UDP))?;
-        // Connected, so that the kernel drops what others send; and it chooses a random port.
-        rustix::net::connect(&fd, &question.to)?;
+        let asked = Asked::new(question)?;
         let data = EventData::new_u64(ASKED | (question.token & !(ASKED | PUBLISHED)));
-        epoll::add(&self.epoll, &fd, data, EventFlags::IN)?;
-        rustix::net::send(&fd, &question.payload, SendFlags::NOSIGNAL)?;
-        self.asked.insert(question.token, fd);
+        epoll::add(&self.epoll, asked.fd(), data, asked.watched())?;
+        self.asked.insert(question.token, asked);
         Ok(())
     }
 
@@ -393,7 +388,12 @@ mod tests {
         let mut host = HostSockets::new().unwrap();
         for token in [7, 8] {
             let payload = vec![token as u8; 3];
-            let question = Outgoing { token, to, payload };
+            let question = Outgoing {
+                token,
+                to,
+                payload,
+                is_stream: false,
+            };
             host.ask(&question).unwrap();
         }
         let mut buffer = [0; 64];
@@ -411,5 +411,48 @@ mod tests {
         host.forget(8);
         assert_eq!(host.asked.len(), 1);
         assert!(host.answer(9, &mut buffer).is_err());
+    }
+
+    #[test]
+    fn a_server_is_asked_over_tcp_and_its_answer_is_taken_when_it_is_whole() {
+        use std::io::{Read as _, Write as _};
+
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut host = HostSockets::new().unwrap();
+        let question = Outgoing {
+            token: 5,
+            to: server.local_addr().unwrap(),
+            payload: b"question".to_vec(),
+            is_stream: true,
+        };
+        host.ask(&question).unwrap();
+        let mut peer = server.accept().unwrap().0;
+        let mut buffer = vec![0; 1 << 16];
+        let mut asked = [0; 10];
+        // Sending is the events' work.
+        assert_eq!(answers(&mut host).first(), Some(&5));
+        assert!(host.answer(5, &mut buffer).is_err());
+        peer.read_exact(&mut asked).unwrap();
+        assert_eq!(&asked, b"\0\x08question");
+        let whole = [&[0xff, 0x00][..], &[7; 0xff00]].concat();
+        let (one, two) = whole.split_at(30_000);
+        peer.write_all(one).unwrap();
+        answers(&mut host);
+        assert!(host.answer(5, &mut buffer).is_err());
+        peer.write_all(two).unwrap();
+        let end = Instant::now() + Duration::from_secs(30);
+        let len = loop {
+            answers(&mut host);
+            match host.answer(5, &mut buffer) {
+                Ok(len) => break len,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+            assert!(Instant::now() < end);
+        };
+        assert_eq!(buffer[..len], [7; 0xff00]);
+        drop(peer);
+        answers(&mut host);
+        let error = host.answer(5, &mut buffer).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

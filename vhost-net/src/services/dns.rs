@@ -17,10 +17,13 @@
 //!
 //! # Sizes
 //! An answer longer than what the guest takes (512 bytes, or its EDNS0 size) is cut to the question
-//! with TC set. The servers are asked by UDP only, with an EDNS0 size of [`UPSTREAM_SIZE`].
+//! with TC set, and a guest that wants the whole asks again over TCP ([`stream`]). The servers are asked
+//! by UDP, with an EDNS0 size of [`UPSTREAM_SIZE`]; over TCP only when that was cut and the guest uses
+//! TCP itself.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
@@ -29,6 +32,11 @@ use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 
 use crate::local::Outgoing;
 use crate::spec::{METADATA_V4, METADATA_V6, Spec};
+
+pub mod stream;
+pub mod upstream;
+
+use upstream::Upstream;
 
 /// The port.
 pub const PORT: u16 = 53;
@@ -61,6 +69,8 @@ pub struct Client {
     pub client: (IpAddr, u16),
     /// The address of the card's that it asked.
     pub server: (IpAddr, u16),
+    /// The connection that it asked over; `None`: by UDP.
+    pub stream: Option<u64>,
 }
 
 /// What was seen and done.
@@ -86,6 +96,8 @@ pub struct DnsStats {
     pub forged: u64,
     /// Answers cut to fit.
     pub truncated: u64,
+    /// Questions that came over TCP.
+    pub streamed: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -111,11 +123,15 @@ struct Pending {
     id: u16,
     attempt: u32,
     deadline: Instant,
+    /// The servers are asked over TCP: their answer does not fit a datagram.
+    over_tcp: bool,
 }
 
 /// The resolver.
 pub struct Dns {
-    servers: Vec<SocketAddr>,
+    upstream: Arc<Upstream>,
+    version: u64,
+    servers: Arc<[SocketAddr]>,
     names: BTreeMap<Name, Vec<IpAddr>>,
     addresses: BTreeMap<Name, Name>,
     random: Random,
@@ -152,12 +168,11 @@ impl Dns {
     /// `peers` are names of other machines on the guest's network.
     #[must_use]
     pub fn new(spec: &Spec, peers: &[(String, Vec<IpAddr>)], random: Random) -> Self {
+        let upstream = Arc::new(Upstream::new(&spec.upstream_dns));
         let mut dns = Self {
-            servers: spec
-                .upstream_dns
-                .iter()
-                .map(|server| SocketAddr::new(*server, PORT))
-                .collect(),
+            version: upstream.version(),
+            servers: upstream.servers(),
+            upstream,
             names: BTreeMap::new(),
             addresses: BTreeMap::new(),
             random,
@@ -189,6 +204,28 @@ impl Dns {
         dns
     }
 
+    /// Asks the servers of `upstream`, whichever they are at the time, instead of those of the
+    /// specification.
+    #[must_use]
+    pub fn following(mut self, upstream: Arc<Upstream>) -> Self {
+        self.version = upstream.version();
+        self.servers = upstream.servers();
+        self.upstream = upstream;
+        self
+    }
+
+    /// Other servers may know other answers: what the old ones said is forgotten.
+    fn follow_upstream(&mut self) {
+        let version = self.upstream.version();
+        if version != self.version {
+            self.version = version;
+            self.servers = self.upstream.servers();
+            self.cache.clear();
+            self.order.clear();
+            self.cached_bytes = 0;
+        }
+    }
+
     fn add(&mut self, name: &str, addresses: &[IpAddr]) {
         let Ok(name) = Name::from_ascii(name) else {
             return;
@@ -212,6 +249,8 @@ impl Dns {
     /// Takes a question.
     pub fn query(&mut self, client: Client, bytes: &[u8], now: Instant, out: &mut DnsOut) {
         self.stats.queries += 1;
+        self.stats.streamed += u64::from(client.stream.is_some());
+        self.follow_upstream();
         let question = match Message::from_vec(bytes) {
             Ok(message) if message.metadata.message_type == MessageType::Query => message,
             // Answering an answer, or what is none, is how loops begin.
@@ -293,6 +332,7 @@ impl Dns {
             id: 0,
             attempt: 0,
             deadline: now,
+            over_tcp: false,
         };
         self.ask(pending, now, out);
     }
@@ -321,10 +361,17 @@ impl Dns {
             self.stats.forged += 1;
             return;
         };
-        let Some(pending) = self.pending.remove(&token) else {
+        let Some(mut pending) = self.pending.remove(&token) else {
             return;
         };
         out.over.push(token);
+        if answer.metadata.truncation && pending.client.stream.is_some() && !pending.over_tcp {
+            pending.over_tcp = true;
+            // The same server: it has the answer.
+            pending.attempt = pending.attempt.saturating_sub(1);
+            self.ask(pending, now, out);
+            return;
+        }
         let failed = matches!(
             answer.metadata.response_code,
             ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp
@@ -349,7 +396,8 @@ impl Dns {
                 continue;
             };
             out.over.push(token);
-            if pending.attempt < self.attempts() {
+            self.follow_upstream();
+            if pending.attempt < self.attempts() && !self.servers.is_empty() {
                 self.ask(pending, now, out);
                 continue;
             }
@@ -400,6 +448,7 @@ impl Dns {
             token: self.token,
             to,
             payload,
+            is_stream: pending.over_tcp,
         });
         self.pending.insert(self.token, pending);
     }
@@ -420,6 +469,9 @@ impl Dns {
             let code = u16::from(answer.metadata.response_code);
             own.set_rcode_high(u8::try_from(code >> 4).unwrap_or(0));
             answer.edns = Some(own);
+        }
+        if client.stream.is_some() {
+            limit = usize::from(u16::MAX);
         }
         let fits = |bytes: &Vec<u8>| bytes.len() <= limit;
         let bytes = answer.to_vec().ok().filter(fits).or_else(|| {

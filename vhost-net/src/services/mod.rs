@@ -6,7 +6,8 @@
 //!             ├── echo ──────────── ping to the card
 //!             └── dns ───────────── names; asks upstream through the outbox
 //!
-//!  TCP ────────── imds ──────────── metadata, terminated by the stack
+//!  TCP ────┬───── imds ──────────── metadata, terminated by the stack
+//!          └───── dns::stream ───── names again, for answers that fit no datagram
 //! ```
 //!
 //! [`Services::receive`] looks at a frame of the guest's first; what is for no service goes on to
@@ -19,7 +20,7 @@
 //!
 //! What the guest can cost: one answer a frame, of bounded size, at most
 //! [`PACKETS_PER_SECOND`] a second, as a VPC allows towards link-local services; what is above is
-//! dropped and counted. Datagrams to ports of the card's that have no service pass on to the stack,
+//! dropped and counted, TCP to the link-local addresses too. Datagrams to ports of the card's that have no service pass on to the stack,
 //! which refuses them, or leads them to the host's loopback where it was told to.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -28,8 +29,9 @@ use std::time::{Duration, Instant};
 
 use smoltcp::wire::{EthernetFrame, EthernetProtocol};
 
-use crate::local::{Outbox, TcpService, Verdict};
-use crate::spec::{METADATA_V4, METADATA_V6, Spec};
+use crate::frame::TCP;
+use crate::local::{FlowKey, Outbox, TcpService, Verdict};
+use crate::spec::{METADATA_V4, METADATA_V6, RESOLVER_V4, RESOLVER_V6, Spec};
 
 pub mod arp;
 pub mod dhcp4;
@@ -43,6 +45,7 @@ pub mod wire;
 use arp::Arp;
 use dhcp4::Dhcp4;
 use dhcp6::Dhcp6;
+use dns::stream::Streams;
 use dns::{Client, Dns, DnsOut, DnsStats};
 use imds::Imds;
 use nd::Nd;
@@ -84,6 +87,7 @@ pub struct Services {
     dhcp4: Dhcp4,
     dhcp6: Dhcp6,
     dns: Option<Dns>,
+    streams: Streams,
     imds: Option<Arc<Imds>>,
     tokens: Tokens,
     stats: ServiceStats,
@@ -100,6 +104,7 @@ impl Services {
             dhcp4: Dhcp4::default(),
             dhcp6: Dhcp6::default(),
             dns: None,
+            streams: Streams::default(),
             imds: None,
             tokens: Tokens::new(PACKETS_PER_SECOND, now),
             stats: ServiceStats::default(),
@@ -168,7 +173,7 @@ impl Services {
             return Verdict::Handled;
         }
         let reply = match kind {
-            Kind::NotOurs => return Verdict::Pass,
+            Kind::NotOurs | Kind::Stream => return Verdict::Pass,
             Kind::Nd => self.nd.handle(&self.spec, &packet),
             Kind::Udp(port) => self.udp(&packet, port, checksummed, now, out),
             Kind::Echo => {
@@ -194,7 +199,22 @@ impl Services {
         if let Some(dns) = &mut self.dns {
             let mut said = DnsOut::default();
             dns.poll(now, &mut said);
-            deliver(&self.spec, said, out);
+            while let Some(question) = self.streams.take() {
+                let (guest, card) = (question.key.guest, question.key.peer);
+                let client = Client {
+                    client: (guest.ip(), guest.port()),
+                    server: (card.ip(), card.port()),
+                    stream: Some(question.stream),
+                };
+                let before = (dns.stats().malformed, said.replies.len());
+                dns.query(client, &question.message, now, &mut said);
+                let (malformed, replies) = before;
+                if dns.stats().malformed > malformed && said.replies.len() == replies {
+                    // What deserves no answer is not waited for.
+                    said.replies.push((client, Vec::new()));
+                }
+            }
+            deliver(&self.spec, &self.streams, said, out);
         }
     }
 
@@ -203,13 +223,26 @@ impl Services {
         if let Some(dns) = &mut self.dns {
             let mut said = DnsOut::default();
             dns.answered(token, payload, now, &mut said);
-            deliver(&self.spec, said, out);
+            deliver(&self.spec, &self.streams, said, out);
         }
     }
 
     /// The service behind a TCP port of the card's; none: the connection is to be refused.
     #[must_use]
-    pub fn connect(&self, to: SocketAddr, now: Instant) -> Option<Box<dyn TcpService>> {
+    pub fn connect(
+        &self,
+        to: SocketAddr,
+        from: SocketAddr,
+        now: Instant,
+    ) -> Option<Box<dyn TcpService>> {
+        if to.port() == dns::PORT && self.dns.is_some() && self.spec.is_card(to.ip()) {
+            let key = FlowKey {
+                protocol: TCP,
+                guest: from,
+                peer: to,
+            };
+            return Some(Box::new(self.streams.connect(key, now)?));
+        }
         let is_metadata = to.ip() == IpAddr::V4(METADATA_V4) || to.ip() == IpAddr::V6(METADATA_V6);
         if !is_metadata || to.port() != imds::PORT {
             return None;
@@ -223,7 +256,8 @@ impl Services {
     pub fn poll_at(&self) -> Option<Instant> {
         let nd = self.nd.poll_at().filter(|_| self.spec.v6.is_some());
         let dns = self.dns.as_ref().and_then(Dns::poll_at);
-        nd.into_iter().chain(dns).min()
+        let asked = self.streams.waiting_since();
+        nd.into_iter().chain(dns).chain(asked).min()
     }
 
     fn kind(&self, packet: &wire::Packet<'_>) -> Kind {
@@ -247,6 +281,7 @@ impl Services {
                     Kind::NotOurs
                 }
             }
+            P::Tcp if is_link_local(packet.destination) => Kind::Stream,
             P::Tcp => Kind::NotOurs,
             P::Icmp | P::Icmpv6 if is_card => Kind::Echo,
             _ if is_card => Kind::Unwanted,
@@ -292,12 +327,13 @@ impl Services {
                 let client = Client {
                     client: datagram.source,
                     server: (destination, dns::PORT),
+                    stream: None,
                 };
                 let mut said = DnsOut::default();
                 if let Some(dns) = &mut self.dns {
                     dns.query(client, datagram.payload, now, &mut said);
                 }
-                deliver(&self.spec, said, out);
+                deliver(&self.spec, &self.streams, said, out);
                 None
             }
             _ => {
@@ -319,9 +355,21 @@ impl Services {
     }
 }
 
+/// Whether this is one of the addresses that a VPC limits the packets to.
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address == METADATA_V4 || address == RESOLVER_V4,
+        IpAddr::V6(address) => address == METADATA_V6 || address == RESOLVER_V6,
+    }
+}
+
 /// Puts what the resolver has to say into the outbox.
-fn deliver(spec: &Spec, said: DnsOut, out: &mut Outbox) {
+fn deliver(spec: &Spec, streams: &Streams, said: DnsOut, out: &mut Outbox) {
     for (client, message) in said.replies {
+        if let Some(stream) = client.stream {
+            out.woken.extend(streams.answer(stream, &message));
+            continue;
+        }
         let link = (spec.gateway_mac, spec.mac);
         let frame = wire::udp(link, client.server, client.client, &message);
         out.frames.extend(frame);
@@ -336,6 +384,8 @@ enum Kind {
     Nd,
     Udp(u16),
     Echo,
+    /// TCP to a link-local service: it counts, and the stack terminates it.
+    Stream,
     Unwanted,
 }
 

@@ -194,7 +194,7 @@ fn a_question_in_a_frame_goes_to_the_server_and_its_answer_comes_back_in_one() {
 
     let now = Instant::now();
     let spec = Spec {
-        upstream_dns: vec!["192.0.2.53".parse().unwrap()],
+        upstream_dns: vec!["192.0.2.53:53".parse().unwrap()],
         ..Spec::default()
     };
     let resolver = Dns::new(&spec, &[], Box::new(|| 77));
@@ -235,8 +235,91 @@ fn the_metadata_service_is_at_its_two_addresses_on_port_80_and_nowhere_else() {
     let metadata = imds::MetadataSpec::default();
     let service = Arc::new(Imds::new(&metadata, &spec, [1; 32], now).unwrap());
     let services = Services::new(Arc::new(spec), false, now).with_imds(service);
-    let is_there = |to: &str| services.connect(to.parse().unwrap(), now).is_some();
+    let guest = "10.0.2.15:40000".parse().unwrap();
+    let is_there = |to: &str| services.connect(to.parse().unwrap(), guest, now).is_some();
     assert!(is_there("169.254.169.254:80") && is_there("[fd00:ec2::254]:80"));
     assert!(!is_there("169.254.169.254:443") && !is_there("10.0.2.2:80"));
     assert!(!is_there("10.0.2.3:53"));
+}
+
+#[test]
+fn questions_over_tcp_are_answered_on_the_connection_that_they_came_over() {
+    use hickory_proto::op::{Message as Dns_, MessageType as Kind, OpCode, Query};
+    use hickory_proto::rr::{Name, RecordType};
+
+    let now = Instant::now();
+    let spec = Spec {
+        hostname: Some("web-1".into()),
+        upstream_dns: vec!["192.0.2.53:53".parse().unwrap()],
+        ..Spec::default()
+    };
+    let resolver = Dns::new(&spec, &[], Box::new(|| 77));
+    let mut services = Services::new(Arc::new(spec), false, now).with_dns(resolver);
+    let (card, guest) = ("10.0.2.3:53", "10.0.2.15:4000");
+    let ends = (card.parse().unwrap(), guest.parse().unwrap());
+    let mut connection = services.connect(ends.0, ends.1, now).unwrap();
+    let framed = |name: &str| {
+        let mut question = Dns_::new(5, Kind::Query, OpCode::Query);
+        question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+        let bytes = question.to_vec().unwrap();
+        [&(bytes.len() as u16).to_be_bytes()[..], &bytes].concat()
+    };
+    let both = [framed("example.com."), framed("web-1.")].concat();
+    connection.receive(&both, now);
+    assert_eq!(services.poll_at(), Some(now), "it wants to be called");
+    let mut out = Outbox::default();
+    services.poll(now, &mut out);
+    // What is known is there first; the other is asked.
+    let key = FlowKey {
+        protocol: TCP,
+        guest: ends.1,
+        peer: ends.0,
+    };
+    assert_eq!(out.woken, [key]);
+    let said: Vec<u8> = connection.output().drain(..).collect();
+    let reply = Dns_::from_vec(&said[2..]).unwrap();
+    assert_eq!(reply.answers[0].data.to_string(), "10.0.2.15");
+    let asked = out.outgoing.pop().unwrap();
+    let mut answer = Dns_::response(77, OpCode::Query);
+    answer.queries = Dns_::from_vec(&asked.payload).unwrap().queries;
+    services.answered(asked.token, &answer.to_vec().unwrap(), now, &mut out);
+    assert_eq!(out.woken, [key, key]);
+    let said: Vec<u8> = connection.output().drain(..).collect();
+    assert_eq!(said[2..4], [0, 5]);
+    assert!(out.frames.is_empty());
+    // What is no question gets none, and does not block what follows.
+    connection.receive(&[&[0, 12, 0, 9, 0x80, 0][..], &[0; 8]].concat(), now);
+    services.poll(now, &mut out);
+    connection.receive(&framed("web-1.")[..], now);
+    services.poll(now, &mut out);
+    connection.end(now);
+    assert!(!connection.output().is_empty() && connection.is_done());
+}
+
+#[test]
+fn tcp_to_the_link_local_services_counts_and_is_dropped_above_the_limit() {
+    let (mut services, now) = services();
+    let syn = |to: [u8; 4]| {
+        let mut frame = Vec::new();
+        PacketBuilder::ethernet2(GUEST, CARD)
+            .ipv4([10, 0, 2, 15], to, 64)
+            .tcp(4000, 80, 1, 1000)
+            .syn()
+            .write(&mut frame, &[])
+            .unwrap();
+        frame
+    };
+    let mut out = Outbox::default();
+    let passed = |services: &mut Services, to, out: &mut Outbox| {
+        let frame = syn(to);
+        (0..5000)
+            .filter(|_| services.receive(&frame, true, now, out) == Verdict::Pass)
+            .count()
+    };
+    let limit = PACKETS_PER_SECOND as usize;
+    assert_eq!(passed(&mut services, [169, 254, 169, 254], &mut out), limit);
+    assert_eq!(services.stats().limited, 5000 - limit as u64);
+    // What is not for them goes on at any rate.
+    assert_eq!(passed(&mut services, [192, 0, 2, 7], &mut out), 5000);
+    assert_eq!(passed(&mut services, [10, 0, 2, 2], &mut out), 5000);
 }

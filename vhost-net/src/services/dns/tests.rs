@@ -6,6 +6,7 @@ fn client() -> Client {
     Client {
         client: ("10.0.2.15".parse().unwrap(), 40000),
         server: ("10.0.2.3".parse().unwrap(), 53),
+        stream: None,
     }
 }
 
@@ -21,7 +22,7 @@ fn world(servers: &[&str]) -> World {
         domain: Some("example.internal".into()),
         upstream_dns: servers
             .iter()
-            .map(|server| server.parse().unwrap())
+            .map(|server| format!("{server}:53").parse().unwrap())
             .collect(),
         ..Spec::default()
     };
@@ -358,4 +359,89 @@ fn bent_messages_from_both_sides_never_panic() {
         world.dns.poll(world.now, &mut world.out);
     }
     assert!(world.dns.pending.len() <= PENDING_MAX);
+}
+
+#[test]
+fn an_answer_that_a_server_cut_is_fetched_over_tcp_for_who_asks_over_tcp() {
+    let mut world = world(&["192.0.2.1", "192.0.2.2"]);
+    let asked = question("example.com.", RecordType::A);
+    let stream = Client {
+        stream: Some(3),
+        ..client()
+    };
+    let bytes = asked.to_vec().unwrap();
+    world.dns.query(stream, &bytes, world.now, &mut world.out);
+    let first = world.out.outgoing.pop().unwrap();
+    assert!(!first.is_stream);
+    let sent = Message::from_vec(&first.payload).unwrap();
+    let mut cut = answer(&sent, 60, &[]);
+    cut.metadata.truncation = true;
+    assert!(world.serve(first.token, &cut).is_none());
+    let second = world.out.outgoing.pop().unwrap();
+    assert!(second.is_stream);
+    assert_eq!(second.to, first.to);
+    let sent = Message::from_vec(&second.payload).unwrap();
+    let whole = answer(&sent, 60, &[[192, 0, 2, 9]; 2000]);
+    let bytes = whole.to_vec().unwrap();
+    world
+        .dns
+        .answered(second.token, &bytes, world.now, &mut world.out);
+    let (to, reply) = world.out.replies.pop().unwrap();
+    assert_eq!(to, stream);
+    assert!(reply.len() > 20_000);
+    let reply = Message::from_vec(&reply).unwrap();
+    assert!(!reply.metadata.truncation && reply.answers.len() == 2000);
+    // What came for the one is there for the other, cut to what a datagram takes.
+    let mut later = asked.clone();
+    later.metadata.id = 9;
+    let reply = world.ask(&later).unwrap();
+    assert!(reply.metadata.truncation && reply.answers.is_empty());
+    assert_eq!(world.dns.stats().streamed, 1);
+}
+
+#[test]
+fn a_cut_answer_goes_to_who_asked_by_udp_as_it_is() {
+    let mut world = world(&["192.0.2.1"]);
+    world.ask(&question("example.com.", RecordType::A));
+    let (token, _, sent) = world.sent();
+    let mut cut = answer(&sent, 60, &[[192, 0, 2, 9]]);
+    cut.metadata.truncation = true;
+    let reply = world.serve(token, &cut).unwrap();
+    assert!(reply.metadata.truncation);
+    assert!(world.out.outgoing.is_empty());
+    assert!(
+        world
+            .ask(&question("example.com.", RecordType::A))
+            .is_none(),
+        "it was cached"
+    );
+}
+
+#[test]
+fn other_servers_are_asked_from_then_on_and_what_the_old_ones_said_is_forgotten() {
+    let mut world = world(&["192.0.2.1"]);
+    let upstream = Arc::new(Upstream::new(&["192.0.2.1:53".parse().unwrap()]));
+    world.dns = world.dns.following(Arc::clone(&upstream));
+    let asked = question("example.com.", RecordType::A);
+    world.ask(&asked);
+    let (token, _, sent) = world.sent();
+    world
+        .serve(token, &answer(&sent, 600, &[[192, 0, 2, 9]]))
+        .unwrap();
+    assert!(world.ask(&asked).is_some(), "cached");
+    upstream.set(&["192.0.2.2:5353".parse().unwrap()]);
+    assert!(world.ask(&asked).is_none());
+    let (token, to, sent) = world.sent();
+    assert_eq!(to, "192.0.2.2:5353".parse().unwrap());
+    // One that is under way when there are no servers any more ends as one that nobody answers.
+    upstream.set(&[]);
+    world.wait(10);
+    world.dns.poll(world.now, &mut world.out);
+    let reply = world.reply().unwrap();
+    assert_eq!(reply.metadata.response_code, ResponseCode::ServFail);
+    assert!(
+        world
+            .serve(token, &answer(&sent, 600, &[[192, 0, 2, 9]]))
+            .is_none()
+    );
 }
