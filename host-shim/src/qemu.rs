@@ -83,6 +83,27 @@ pub(crate) fn escape(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 
+/// What the firmware says about the machine: a UUID and a serial that begin with `ec2`, by which a
+/// stock cloud-init knows that there is a metadata service to ask. They follow from the VM's name.
+fn identity(name: &str) -> String {
+    let hash = |basis: u64| {
+        name.bytes().fold(basis, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        })
+    };
+    let (high, low) = (hash(0xcbf2_9ce4_8422_2325), hash(0x6295_c58d_62b8_2175));
+    // Version 8 of RFC 9562: the digits have a meaning of ours.
+    let uuid = format!(
+        "ec2{:05x}-{:04x}-8{:03x}-8{:03x}-{:012x}",
+        high >> 44,
+        high >> 28 & 0xffff,
+        high >> 16 & 0xfff,
+        low >> 52,
+        low & 0xffff_ffff_ffff
+    );
+    format!("type=1,product=offload,uuid={uuid},serial={uuid}")
+}
+
 /// QEMU's arguments for a VM whose cards listen where `cards` says.
 pub(crate) fn arguments(
     spec: &VmSpec,
@@ -117,6 +138,9 @@ pub(crate) fn arguments(
             option("-accel", "tcg,thread=multi".to_owned());
             option("-cpu", "max".to_owned());
         }
+    }
+    if !spec.nics.is_empty() {
+        option("-smbios", identity(&spec.name));
     }
     option("-smp", spec.cpus.to_string());
     option("-m", format!("{mib}M"));
@@ -233,6 +257,20 @@ mod tests {
         );
         assert_eq!(Version::parse("bash: no such file"), None);
         assert_eq!(Version::parse("version x.y"), None);
+    }
+
+    #[test]
+    fn a_machine_says_by_its_uuid_that_it_has_metadata_and_no_two_are_the_same() {
+        let one = identity("web1");
+        let uuid = one.split("uuid=").nth(1).unwrap();
+        let (uuid, serial) = uuid.split_once(",serial=").unwrap();
+        assert_eq!(uuid, serial);
+        assert!(uuid.starts_with("ec2"), "{uuid}");
+        let lens: Vec<usize> = uuid.split('-').map(str::len).collect();
+        assert_eq!(lens, [8, 4, 4, 4, 12], "{uuid}");
+        assert!(uuid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-'));
+        assert_eq!(one, identity("web1"));
+        assert_ne!(one, identity("web2"));
     }
 
     #[test]

@@ -25,9 +25,9 @@
 //! networkd), but one of type 1 that names another hardware address is refused. It is sent back
 //! (RFC 6842).
 //!
-//! Options go out when asked for (option 55), and all of them when nothing was. The metadata address
-//! is on the link: clients that take classless routes (option 121, RFC 3442) get it as a route, and
-//! with it the default route, as that RFC then has them ignore option 3.
+//! Options go out when asked for (option 55), and all of them when nothing was. There is no route to the
+//! metadata address among them (option 121): the default route leads there, and cloud-init of Debian 12
+//! (22.4) sets such a route up anew at each boot and fails when the network's own client has it already.
 
 use std::net::Ipv4Addr;
 
@@ -36,7 +36,7 @@ use dhcproto::{Decodable, Decoder, Encodable, Encoder};
 use ipnet::Ipv4Net;
 use smoltcp::wire::EthernetAddress;
 
-use crate::spec::{METADATA_V4, Spec};
+use crate::spec::Spec;
 
 /// The server's port.
 pub const SERVER_PORT: u16 = 67;
@@ -294,17 +294,12 @@ impl Context<'_> {
     fn parameters(&self) -> Vec<DhcpOption> {
         let v4 = self.v4;
         let spec = self.spec;
-        let mut list = Vec::with_capacity(10);
+        let mut list = Vec::with_capacity(8);
         let mask = Ipv4Net::new(v4.address, v4.prefix_len).map(|net| net.netmask());
         list.push(DhcpOption::SubnetMask(mask.unwrap_or(Ipv4Addr::BROADCAST)));
         list.push(DhcpOption::Router(vec![v4.gateway]));
         list.push(DhcpOption::DomainNameServer(vec![v4.dns]));
         list.push(DhcpOption::InterfaceMtu(spec.mtu));
-        let on_link = Ipv4Net::from(METADATA_V4);
-        list.push(DhcpOption::ClasslessStaticRoute(vec![
-            (on_link, Ipv4Addr::UNSPECIFIED),
-            (Ipv4Net::default(), v4.gateway),
-        ]));
         list.push(DhcpOption::BroadcastAddr(v4.broadcast()));
         if let Some(name) = &spec.hostname {
             list.push(DhcpOption::Hostname(name.clone()));
