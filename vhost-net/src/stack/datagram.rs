@@ -168,6 +168,8 @@ impl DatagramFlow {
         let frame = bench.scratch.bytes();
         let end = match key.protocol {
             UDP => emit::udp(frame, bench.ends, key.peer, key.guest, len),
+            // Not even a header: no kernel does that.
+            _ if len < emit::UDP_LEN => return,
             _ => {
                 let at = emit::icmp_at(key.peer.ip());
                 if let Some(place) = frame.get_mut(at + 4..at + 6) {

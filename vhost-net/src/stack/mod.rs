@@ -57,7 +57,9 @@ use owners::Claim;
 pub use owners::{Owners, Share};
 pub use port::Accepts;
 use port::{Port, Scratch};
-pub use tcp::{BUFFER_SMALL, BUFFER_TO_GUEST, BUFFER_TO_HOST, BULK_MAX};
+pub use tcp::{
+    ACK_DELAY, BUFFER_SMALL, BUFFER_TO_GUEST, BUFFER_TO_HOST, BULK_MAX, HANDSHAKE, UNANSWERED,
+};
 
 #[cfg(test)]
 mod tests;
@@ -631,6 +633,13 @@ impl Stack {
             None => return,
         }
         self.make_ready(flow);
+    }
+
+    /// A service of the card's has something to say on this connection.
+    pub fn wake(&mut self, key: &FlowKey) {
+        if let Some(&id) = self.by_key.get(key) {
+            self.make_ready(id);
+        }
     }
 
     /// When [`Self::run`] is to be called at the latest. In the past: it has work left, if the

@@ -19,12 +19,17 @@
 //! or the ring were empty). Buffers of their own for all, as large as the small part, were the other
 //! choice: one flow then reaches 13 Gbit/s where it reaches 20 so.
 //!
+//! # Patience
+//! A guest that says nothing is not waited for without end, or its table would fill with flows that
+//! nobody has: it has [`HANDSHAKE`] to complete a connection, and [`UNANSWERED`] to acknowledge what it
+//! was sent. smoltcp's own time-out would not do: it ends connections that are idle, too.
+//!
 //! A flow that reaches TIME-WAIT is forgotten: the wire to the guest loses nothing, so the last
 //! acknowledgement has arrived, and a table full of waiting flows would be a way to fill it.
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Context, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
@@ -45,6 +50,22 @@ pub const BUFFER_SMALL: usize = 256 << 10;
 /// Flows of a queue pair that may use all of both.
 pub const BULK_MAX: usize = 256;
 
+/// How long the guest may take to complete a connection, whoever began it.
+pub const HANDSHAKE: Duration = Duration::from_secs(60);
+/// How long it may be silent while something waits for its acknowledgement: about what Linux allows
+/// (`tcp_retries2`).
+pub const UNANSWERED: Duration = Duration::from_secs(15 * 60);
+
+/// How long a small segment waits for its acknowledgement, unless more than one segment's worth has
+/// come by then.
+///
+/// A guest that writes little by little holds back what is less than a segment until all before it is
+/// acknowledged (RFC 896): acknowledged at once, each little write becomes a packet, an
+/// acknowledgement and an interrupt of its own. Half a millisecond lets it fill whole segments, and
+/// is not noticed by one that waits for an answer. Larger segments are acknowledged at once: a
+/// super-segment may be all that the guest's window allows.
+pub const ACK_DELAY: Duration = Duration::from_micros(500);
+
 /// Rounds of receive, segment, send in one turn. Few, so that the guest has something to do while the
 /// next are made.
 const ROUNDS_MAX: usize = 2;
@@ -54,6 +75,7 @@ const RECEIVE_MAX: usize = 128 << 10;
 /// Bytes of a SYN that are kept to be quoted in an ICMP error.
 const QUOTE: usize = 128;
 
+const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
@@ -94,6 +116,10 @@ pub(super) struct TcpFlow {
     host_ended: bool,
     /// The guest's half has ended, and the host was told.
     guest_ended: bool,
+    /// When the guest last said anything.
+    heard: Option<Instant>,
+    /// Since when it owes an answer.
+    owes_since: Option<Instant>,
 }
 
 fn socket() -> Socket<'static> {
@@ -101,8 +127,8 @@ fn socket() -> Socket<'static> {
         SocketBuffer::new(vec![0; BUFFER_TO_HOST]),
         SocketBuffer::new(vec![0; BUFFER_TO_GUEST]),
     );
-    // Super-segments come in pairs of nothing: a delayed acknowledgement stalls the sender.
-    socket.set_ack_delay(None);
+    // With a timer that has no delay an acknowledgement leaves at once, see `acknowledge`.
+    socket.set_ack_delay(Some(smoltcp::time::Duration::ZERO));
     // What the host has sent as one piece arrives as one.
     socket.set_nagle_enabled(false);
     socket
@@ -125,6 +151,8 @@ impl TcpFlow {
             is_bulk: false,
             host_ended: false,
             guest_ended: false,
+            heard: None,
+            owes_since: None,
         }
     }
 
@@ -154,6 +182,13 @@ impl TcpFlow {
         flow.is_readable = true;
         flow.is_writable = true;
         Some(flow)
+    }
+
+    /// Says how soon what is about to come is acknowledged.
+    fn acknowledge(&mut self, is_small: bool) {
+        let delay = if is_small { ACK_DELAY } else { Duration::ZERO };
+        let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
+        socket.set_ack_delay(Some(delay.into()));
     }
 
     pub(super) fn has_socket(&self) -> bool {
@@ -245,6 +280,23 @@ impl TcpFlow {
         (of(socket.local_endpoint()), of(socket.remote_endpoint()))
     }
 
+    /// When a guest that stays silent is given up; `None`: it owes nothing.
+    fn patience(&mut self, now: Instant) -> Option<Instant> {
+        let socket = self.sockets.get::<Socket<'_>>(self.handle);
+        let (limit, counts_all) = match socket.state() {
+            State::SynSent | State::SynReceived => (HANDSHAKE, false),
+            State::FinWait1 | State::Closing | State::LastAck => (UNANSWERED, true),
+            _ if socket.send_queue() > 0 => (UNANSWERED, true),
+            _ => {
+                self.owes_since = None;
+                return None;
+            }
+        };
+        let since = *self.owes_since.get_or_insert(now);
+        let heard = self.heard.filter(|_| counts_all).unwrap_or(since);
+        since.max(heard).checked_add(limit)
+    }
+
     /// Nothing could be moved or sent: what to wait for.
     fn rest<W: Wire, H: Host>(&mut self, bench: &mut Bench<'_, W, H>) -> Turn {
         let socket = self.sockets.get::<Socket<'_>>(self.handle);
@@ -274,10 +326,18 @@ impl TcpFlow {
             // Rounded up: a timer that fires early finds nothing to do, for ever.
             bench.now + std::time::Duration::from_micros(micros.max(1))
         });
+        let patience = self.patience(bench.now);
+        if patience.is_some_and(|at| at <= bench.now) && !matches!(self.peer, Peer::Gone) {
+            if self.has_socket() {
+                bench.host.close(bench.id, true);
+            }
+            self.abort();
+            return Turn::Again;
+        }
         let deadline = match &self.peer {
-            Peer::Local(service) => service.deadline(),
+            Peer::Local(service) => patience.into_iter().chain(service.deadline()).min(),
             Peer::Gone => Some(after(bench.now, 60)),
-            Peer::Host => None,
+            Peer::Host => patience,
         };
         if let Peer::Local(_) = &self.peer
             && deadline.is_some_and(|at| at <= bench.now)
@@ -474,12 +534,15 @@ impl Stack {
         let Flow::Tcp(flow) = &mut self.flows.get_mut(id)?.flow else {
             return None;
         };
+        flow.heard = Some(now);
         if let Transport::Tcp { payload, .. } = packet.transport
             && !flow.admits(packet.end.saturating_sub(payload), &mut self.bulk)
         {
             self.stats.segments_dropped.inc();
             return None;
         }
+        let is_short = 2 * frame.transport_bytes().len() < usize::from(self.spec.mtu);
+        flow.acknowledge(is_short && flags & (SYN | FIN) == 0);
         let mut port = Port {
             ingress: Some(bytes),
             wire,

@@ -909,3 +909,105 @@ fn offload_metadata_fits_what_the_driver_accepted() {
         }
     }
 }
+
+#[test]
+fn a_connection_that_the_guest_never_completes_is_given_up() {
+    let mut world = World::usual();
+    let handle = world.connect(SERVER, 40000);
+    world.settle();
+    let flow = world.flow();
+    // The SYN-ACK is lost on a guest that only floods.
+    world.sockets.remove(handle);
+    world.stack.on_host(
+        flow,
+        Event {
+            writable: true,
+            ..Event::default()
+        },
+    );
+    let (wire, host) = (&mut world.wire, &mut world.host);
+    world.stack.run(world.now, wire, host);
+    let end = world.now + HANDSHAKE;
+    while world.stack.flow_count() > 0 {
+        assert!(world.now <= end, "it is kept for ever");
+        world.wire.frames.clear();
+        world.now = world.stack.deadline().unwrap();
+        let (wire, host) = (&mut world.wire, &mut world.host);
+        world.stack.run(world.now, wire, host);
+        if world.stack.has_work() {
+            world.stack.run(world.now, wire, host);
+        }
+    }
+    assert_eq!(world.host.get(flow).closed, Some(true));
+    let (_, last) = world.wire.frames.last().unwrap();
+    assert_eq!(last[ETHERNET_LEN + 20 + 13] & 4, 4, "it is told");
+}
+
+#[test]
+fn a_guest_that_is_silent_about_what_it_was_sent_is_given_up_and_an_idle_one_is_not() {
+    let (mut world, handle, flow) = World::connected();
+    // Idle for a day: nothing is owed.
+    world.now += Duration::from_secs(86_400);
+    world.settle();
+    assert_eq!(world.state(handle), State::Established);
+    world.host.get(flow).inbox.extend(b"hello");
+    world.event(flow, true, false, false);
+    assert_eq!(world.socket(handle).recv_queue(), 5);
+    world.now += Duration::from_secs(86_400);
+    world.settle();
+    assert_eq!(world.stack.flow_count(), 1, "all was acknowledged");
+    // The guest is gone; the host sends.
+    world.sockets.remove(handle);
+    world.host.get(flow).inbox.extend(b"anybody there?");
+    let readable = Event {
+        readable: true,
+        ..Event::default()
+    };
+    world.stack.on_host(flow, readable);
+    let begun = world.now;
+    let (wire, host) = (&mut world.wire, &mut world.host);
+    world.stack.run(world.now, wire, host);
+    for _ in 0..10_000 {
+        if world.stack.flow_count() == 0 {
+            break;
+        }
+        world.wire.frames.clear();
+        if !world.stack.has_work() {
+            world.now = world.stack.deadline().unwrap();
+        }
+        let (wire, host) = (&mut world.wire, &mut world.host);
+        world.stack.run(world.now, wire, host);
+    }
+    let took = world.now - begun;
+    assert!(
+        took >= UNANSWERED && took < UNANSWERED + HANDSHAKE,
+        "{took:?}"
+    );
+    assert_eq!(world.host.get(flow).closed, Some(true));
+}
+
+#[test]
+fn a_small_segment_waits_for_company_before_it_is_acknowledged_and_a_large_one_does_not() {
+    let (mut world, handle, flow) = World::connected();
+    let waiting = |world: &mut World| world.socket(handle).send_queue();
+    // As much as one segment holds.
+    world.socket(handle).send_slice(&[1; 8961]).unwrap();
+    world.settle();
+    assert_eq!(waiting(&mut world), 0);
+    world.socket(handle).send_slice(&[2; 100]).unwrap();
+    world.settle();
+    assert_eq!(waiting(&mut world), 100);
+    // The host has it already.
+    assert_eq!(world.host.get(flow).outbox.len(), 9061);
+    // What the guest writes meanwhile fills a segment, which goes out and is acknowledged with it.
+    world.socket(handle).send_slice(&[3; 8961]).unwrap();
+    world.settle();
+    assert_eq!(waiting(&mut world), 0);
+    world.socket(handle).send_slice(&[4; 100]).unwrap();
+    world.settle();
+    assert_eq!(waiting(&mut world), 100);
+    assert!(world.stack.deadline().unwrap() <= world.now + ACK_DELAY);
+    world.now += ACK_DELAY;
+    world.settle();
+    assert_eq!(waiting(&mut world), 0);
+}
