@@ -32,7 +32,9 @@ use vhost_net::services::dns::stream::Streams;
 use vhost_net::services::dns::{Client, Dns, DnsOut};
 use vhost_net::services::imds::{Imds, MetadataSpec, connection};
 use vhost_net::spec::Spec;
-use vhost_net::stack::{Accepts, Event, Host, Kind, Settings, Stack, Wire};
+use vhost_net::stack::{
+    Accepts, BUFFER_TO_GUEST, BUFFER_TO_HOST, Event, Host, Kind, Settings, Stack, Wire,
+};
 
 /// Counts what is allocated, to notice what grows.
 struct Counting;
@@ -67,8 +69,8 @@ static ALLOCATOR: Counting = Counting;
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const CARD: [u8; 6] = [0x52, 0x55, 0x0a, 0, 2, 2];
 const FLOWS_MAX: usize = 12;
-/// What a world may hold: its flows' buffers of 1 MiB each, tables, a few frames.
-const MEMORY_MAX: usize = (FLOWS_MAX << 20) + (16 << 20);
+/// What a world may hold: its flows' buffers, tables, a few frames.
+const MEMORY_MAX: usize = FLOWS_MAX * (BUFFER_TO_HOST + BUFFER_TO_GUEST) + (16 << 20);
 
 /// Frames to the guest.
 #[derive(Default)]
@@ -207,6 +209,7 @@ impl World {
                 partial: random.one_in(2),
                 tso4: random.one_in(2),
             },
+            ..Settings::default()
         };
         let stats = Arc::new(CardStats::default());
         let seed = random.next();
@@ -230,7 +233,8 @@ impl World {
 
     fn send(&mut self, header: &NetHeader, frame: &[u8]) {
         let (wire, host) = (&mut self.wire, &mut self.host);
-        self.card.from_guest(header, frame, self.now, wire, host);
+        let elsewhere = self.card.from_guest(header, frame, self.now, wire, host);
+        assert!(elsewhere.is_none(), "there is one pair");
     }
 
     fn run(&mut self) {

@@ -174,8 +174,10 @@ impl Lab {
         let frame = [&CARD[..], &GUEST, &kind, packet].concat();
         let now = self.now();
         let (wire, host) = (&mut self.wire, &mut self.host);
-        self.card
+        let elsewhere = self
+            .card
             .from_guest(&NetHeader::default(), &frame, now, wire, host);
+        assert!(elsewhere.is_none(), "there is one pair");
     }
 
     /// One round of everybody.
