@@ -641,7 +641,6 @@ fn a_running_card_is_captured_published_limited_and_asked() {
 /// A network of two: the card's end, and a router's. Prints what enters the router's.
 const NEIGHBORHOOD: &str = r#"
 set -e
-echo "0 0" > /proc/sys/net/ipv4/ping_group_range
 ip link set lo up
 ip link add vcard type veth peer name vrouter
 unshare -n sleep 3600 & router=$!
@@ -702,6 +701,25 @@ fn ping_and_traceroute_go_beyond_the_card_and_say_who_refuses() {
     }
     let mut guest = Guest::boot(dir.path(), &socket);
     guest.ok("udhcpc -i eth0 -n -q -s /lease -O mtu -O hostname");
+    // A new network's kernel lets nobody ping: the guest is told, and so is whoever asks the card.
+    let (_, status) = guest.run("ping -c 1 -W 5 192.0.2.2");
+    assert_ne!(status, 0);
+    let refused = guest.ok("traceroute -n -I -w 5 -q 1 -m 2 192.0.2.2");
+    assert!(refused.contains("!X"), "{refused}");
+    guest.ok("ping -c 1 -W 5 10.0.2.2");
+    let (_, status) = ask(&control, &["status"]);
+    assert!(status.contains("ping_group_range"), "{status}");
+    let mut client = ControlClient::connect(&control).expect("the control socket");
+    let stats = client.call("stats", json!(null)).expect("an answer");
+    assert_eq!(stats["pings_forbidden"][0]["value"], json!(2), "{stats}");
+    assert_eq!(stats["ping_allowed"][0]["value"], json!(0), "{stats}");
+    let allow = "echo '0 0' > /proc/sys/net/ipv4/ping_group_range";
+    let done = Command::new("nsenter")
+        .args(["--user", "--net", "--preserve-credentials", "-t", &pid])
+        .args(["sh", "-c", allow])
+        .status();
+    assert!(done.expect("nsenter").success());
+
     guest.ok("ping -c 2 -W 5 192.0.2.2");
     guest.ok("ping -c 1 -W 5 -s 4000 192.0.2.2");
     // The address comes by DHCPv6 or advertisement in its own time.
@@ -727,20 +745,6 @@ fn ping_and_traceroute_go_beyond_the_card_and_say_who_refuses() {
     let trace6 = guest.ok("traceroute6 -n -w 5 -q 1 -m 2 2001:db8:2::9");
     assert!(trace6.contains(" 2  2001:db8:1::2 "), "{trace6}");
 
-    // From now on the host forbids it.
-    let forbid = "echo '1 0' > /proc/sys/net/ipv4/ping_group_range";
-    let done = Command::new("nsenter")
-        .args(["--user", "--net", "--preserve-credentials", "-t", &pid])
-        .args(["sh", "-c", forbid])
-        .status();
-    assert!(done.expect("nsenter").success());
-    let (_, status) = guest.run("ping -c 1 -W 5 192.0.2.2");
-    assert_ne!(status, 0);
-    let refused = guest.ok("traceroute -n -I -w 5 -q 1 -m 2 192.0.2.2");
-    assert!(refused.contains("!X"), "{refused}");
-    let mut client = ControlClient::connect(&control).expect("the control socket");
-    let stats = client.call("stats", json!(null)).expect("an answer");
-    assert_eq!(stats["pings_forbidden"][0]["value"], json!(2), "{stats}");
     drop(outside.stdin.take());
     assert!(outside.wait().expect("it ends").success());
 }

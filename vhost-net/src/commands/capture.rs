@@ -14,7 +14,7 @@ use anyhow::{Context, bail};
 use offload::control::ControlClient;
 use offload::stop::StopSignal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::{json, to_value};
+use serde_json::to_value;
 
 use crate::args::CaptureArgs;
 use crate::capture::Wanted;
@@ -29,7 +29,7 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
     };
     // First the card, so that one that refuses leaves no file.
     let client = ControlClient::connect(&args.control.control_socket)?;
-    let wanted = to_value(wanted).unwrap_or_else(|_| json!(null));
+    let wanted = to_value(wanted).context("what is wanted, as JSON")?;
     let (_, stream) = client.upgrade("capture", wanted)?;
     let mut file = open(&args.write)?;
     let stop = StopSignal::from_signals().context("cannot wait for signals")?;

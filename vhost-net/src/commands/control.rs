@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use offload::control::{ControlError, ControlErrorKind, ControlServer, Takeover};
 use offload::stop::StopSignal;
+use offload::telemetry::with_causes;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -121,8 +122,7 @@ fn rule(params: Value) -> Result<Rule, ControlError> {
 }
 
 fn refused(error: &PublishError) -> ControlError {
-    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
-    ControlError::failed(format!("{error}{}", cause.unwrap_or_default()))
+    ControlError::failed(with_causes(error))
 }
 
 fn publish(facts: &Facts, params: Value) -> Result<Value, ControlError> {

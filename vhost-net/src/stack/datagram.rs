@@ -136,7 +136,13 @@ impl DatagramFlow {
             match bench.host.recv(bench.id, buffer) {
                 Ok(len) => self.deliver(key, len, bench),
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => self.is_readable = false,
+                    io::ErrorKind::WouldBlock => {
+                        self.is_readable = false;
+                        // A call to send may have taken the error that came with it.
+                        if self.keeps_errors(key) {
+                            self.take_reports(key, bench);
+                        }
+                    }
                     io::ErrorKind::Interrupted => {}
                     _ => self.failed(key, &error, bench),
                 },
@@ -192,6 +198,23 @@ impl DatagramFlow {
         });
     }
 
+    /// Whether the socket keeps ICMP errors.
+    fn keeps_errors(&self, key: &FlowKey) -> bool {
+        self.via == Via::Own && (key.protocol != UDP || self.hops.is_some())
+    }
+
+    /// Hands on the ICMP errors that the socket has kept; true if there was one.
+    fn take_reports<W: Wire, H: Host>(&self, key: &FlowKey, bench: &mut Bench<'_, W, H>) -> bool {
+        let mut is_told = false;
+        for _ in 0..REPORTS {
+            let Some(report) = bench.host.report(bench.id) else {
+                break;
+            };
+            is_told |= self.pass_on(key, &report, bench);
+        }
+        is_told
+    }
+
     /// Hands an ICMP error on; false if it says nothing to the guest.
     fn pass_on<W: Wire, H: Host>(
         &self,
@@ -224,14 +247,7 @@ impl DatagramFlow {
         error: &io::Error,
         bench: &mut Bench<'_, W, H>,
     ) {
-        let mut is_told = false;
-        for _ in 0..REPORTS {
-            let Some(report) = bench.host.report(bench.id) else {
-                break;
-            };
-            is_told |= self.pass_on(key, &report, bench);
-        }
-        if is_told {
+        if self.take_reports(key, bench) {
             return;
         }
         bench.stats.datagrams_dropped.inc();
@@ -321,6 +337,14 @@ impl Stack {
             }
             Via::Published(published, to) => host.send_from(published, to, payload),
         };
+        // What an earlier packet met with comes first, and this one has not gone.
+        let is_late = sent.is_err() && flow.keeps_errors(&key);
+        let sent = if is_late {
+            flow.is_readable = true;
+            host.send(id, payload)
+        } else {
+            sent
+        };
         match sent {
             Ok(_) => {}
             Err(error) => {
@@ -337,7 +361,7 @@ impl Stack {
             }
         }
         if let Some(entry) = self.flows.get(id)
-            && entry.timer.is_none()
+            && (is_late || entry.timer.is_none())
         {
             self.make_ready(id);
         }

@@ -763,6 +763,23 @@ fn a_short_hop_limit_is_the_sockets_and_what_a_router_says_is_handed_on() {
     assert_eq!(error[12..16], [203, 0, 113, 1]);
     // It quotes the packet.
     assert_eq!(error[28..48][12..], with_hops(2)[12..20]);
+    // One that comes to light when the next one is sent is handed on as well, and that one goes.
+    let socket = world.host.get(flow);
+    let before = socket.outbox.len();
+    socket.fails = Some(libc::EHOSTUNREACH);
+    socket.reports.push_back(Report {
+        from: Some([203, 0, 113, 2].into()),
+        kind: 3,
+        code: 1,
+        rest: 0,
+        sequence: None,
+    });
+    world.hand_in(&with_hops(2));
+    world.settle();
+    assert_eq!(world.host.get(flow).outbox.len(), before + 5);
+    let error = world.others.pop().unwrap();
+    assert_eq!((error[20], error[21]), (3, 1));
+    assert_eq!(error[12..16], [203, 0, 113, 2]);
     // An ordinary one costs no call.
     world.hand_in(&udp("192.0.2.8:9", b"x"));
     world.settle();
