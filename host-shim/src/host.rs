@@ -86,6 +86,7 @@ pub fn look_around(spec: &VmSpec, binaries: &Binaries) -> Result<Env, HostError>
             _ => Some(find_card(binaries.card_dir.as_deref(), NET_CARD)?),
         },
         run_dir: run_dir(spec)?,
+        networks_dir: networks_dir(spec)?,
         kvm: (spec.accel == AccelChoice::Auto).then(probe_kvm),
         card_user: card_user(spec.user.as_deref())?,
     })
@@ -206,14 +207,23 @@ fn run_dir(spec: &VmSpec) -> Result<PathBuf, HostError> {
     if let Some(dir) = &spec.run_dir {
         return Ok(dir.clone());
     }
-    let base = if is_root() {
-        PathBuf::from("/run")
-    } else {
-        std::env::var_os("XDG_RUNTIME_DIR")
-            .map(PathBuf::from)
-            .ok_or(HostError::NoRuntimeDir)?
-    };
-    Ok(base.join("offload").join(&spec.name))
+    Ok(runtime_dir()?.join("offload").join(&spec.name))
+}
+
+/// Not in the run directory, which is one VM's.
+fn networks_dir(spec: &VmSpec) -> Result<Option<PathBuf>, HostError> {
+    let mut networks = spec.nics.iter().filter_map(|nic| nic.network.as_ref());
+    let dir = || Ok(runtime_dir()?.join("offload-networks"));
+    networks.next().map(|_| dir()).transpose()
+}
+
+fn runtime_dir() -> Result<PathBuf, HostError> {
+    if is_root() {
+        return Ok(PathBuf::from("/run"));
+    }
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .ok_or(HostError::NoRuntimeDir)
 }
 
 /// Whom cards become: nobody else if the shim is not root.

@@ -16,6 +16,10 @@
 //! └── nic0/           the same
 //! ```
 //!
+//! Cards of one private network meet in a directory that none of their VMs owns,
+//! `offload-networks/NAME` beside all run directories. The first card makes it (0700, the card's user),
+//! and nobody removes it: two cards that did would race with one that comes.
+//!
 //! When the shim is root, a card starts as root, opens its volume and its key, and gives root up
 //! before it serves (`--user`). The other way, starting it as that user, would need the volume and
 //! the key file to be readable by that user, and a shim that quietly changes the owner of somebody's
@@ -59,6 +63,9 @@ pub enum PlanError {
     /// There is a `[[nic]]`, and nobody said where its card is.
     #[error("the VM has a network interface, but the host was not asked for its card")]
     NoNetCard,
+    /// A `[[nic]]` is on a network, and nobody said where networks are.
+    #[error("the VM is on a private network, but the host was not asked where those are")]
+    NoNetworks,
     /// A path is not UTF-8, which no command line printed as JSON could carry.
     #[error("{0:?} is not UTF-8; rename it")]
     NotUtf8(PathBuf),
@@ -90,6 +97,9 @@ pub struct Env {
     pub net_card: Option<PathBuf>,
     /// Run directory of this VM.
     pub run_dir: PathBuf,
+    /// Where the directories of private networks are, the same for all VMs of a user; may be missing for
+    /// a VM on none.
+    pub networks_dir: Option<PathBuf>,
     /// What the probe of /dev/kvm said; only looked at when the spec leaves the choice.
     pub kvm: Option<KvmVerdict>,
     /// Whom cards become once their files are open; `None` if the shim is not root.
@@ -221,6 +231,13 @@ fn block_card(index: usize, disk: &Disk, env: &Env) -> Result<CardPlan, PlanErro
 fn net_card(index: usize, nic: &Nic, env: &Env) -> Result<CardPlan, PlanError> {
     let program = env.net_card.as_ref().ok_or(PlanError::NoNetCard)?;
     card(format!("nic{index}"), program, env, |line| {
+        if let Some(network) = &nic.network {
+            let base = env.networks_dir.as_ref().ok_or(PlanError::NoNetworks)?;
+            // A card's socket in it is called by twelve digits.
+            let dir = base.join(network);
+            socket(&dir, "000000000000")?;
+            line.path("--network", &dir)?;
+        }
         line.option("--mac", &nic.mac);
         line.option(
             "--ipv4",

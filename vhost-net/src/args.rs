@@ -137,9 +137,13 @@ pub struct InterfaceArgs {
     /// The card's IPv4 address as name server; the network's third if left out
     #[arg(long, value_name = "ADDRESS")]
     pub dns: Option<Ipv4Addr>,
-    /// The network's IPv6 prefix, 64 bits long; the guest gets its address ::15
+    /// The network's IPv6 prefix, 64 bits long
     #[arg(long, value_name = "PREFIX", default_value = "fd00:0:0:2::")]
     pub ipv6_prefix: Ipv6Addr,
+    /// The guest's IPv6 address, of that prefix; if left out ::15, or on a private network the IPv4
+    /// address in the last 32 bits
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "no_ipv6")]
+    pub ipv6_address: Option<Ipv6Addr>,
     /// No IPv6
     #[arg(long)]
     pub no_ipv6: bool,
@@ -153,6 +157,11 @@ pub struct InterfaceArgs {
     /// Search domain, in DHCP
     #[arg(long, value_name = "DOMAIN", value_parser = name)]
     pub domain: Option<String>,
+    /// Directory of a private network, which is made if it is missing: guests whose cards are given the
+    /// same one reach each other, by address and by name. Each needs its own --mac and --ipv4, all of
+    /// one network; --hostname is its name there
+    #[arg(long, value_name = "DIRECTORY")]
+    pub network: Option<PathBuf>,
     /// Name server that the guest's questions go to, `ADDRESS` or `ADDRESS:PORT`; those of
     /// /etc/resolv.conf, also when it changes, if left out
     #[arg(long, value_name = "ADDRESS", value_parser = name_server)]
@@ -168,6 +177,10 @@ impl InterfaceArgs {
         let mask = u32::MAX.checked_shl(shift).unwrap_or(0);
         let nth = |n: u32| Ipv4Addr::from_bits((address.to_bits() & mask) + n);
         let prefix = self.ipv6_prefix.to_bits() & !u128::from(u64::MAX);
+        let own = match &self.network {
+            Some(_) => u128::from(address.to_bits()),
+            None => 0x15,
+        };
         let [.., a, b, c] = self.mac.0;
         Spec {
             mac: self.mac,
@@ -180,7 +193,9 @@ impl InterfaceArgs {
                 dns: self.dns.unwrap_or(nth(3)),
             }),
             v6: (!self.no_ipv6).then(|| Ipv6 {
-                address: Ipv6Addr::from_bits(prefix | 0x15),
+                address: self
+                    .ipv6_address
+                    .unwrap_or(Ipv6Addr::from_bits(prefix | own)),
                 prefix: Ipv6Addr::from_bits(prefix),
                 gateway: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2),
                 dns: Ipv6Addr::from_bits(prefix | 3),
@@ -294,6 +309,19 @@ mod tests {
         assert_eq!(v4.gateway, Ipv4Addr::new(192, 168, 7, 130));
         assert_eq!(v4.dns, Ipv4Addr::new(192, 168, 7, 131));
         assert!(spec("--no-ipv6").v6.is_none());
+    }
+
+    #[test]
+    fn on_a_private_network_ipv6_addresses_differ_as_ipv4_ones_do() {
+        let v6 = |args: &str| spec(args).v6.unwrap().address;
+        let address = |text: &str| text.parse::<Ipv6Addr>().unwrap();
+        assert_eq!(v6("--ipv4 10.0.2.16/24"), address("fd00:0:0:2::15"));
+        let on = "--network /run/lan --ipv4 10.0.2.16/24";
+        assert_eq!(v6(on), address("fd00:0:0:2::a00:210"));
+        assert_eq!(
+            v6(&format!("{on} --ipv6-address fd00:0:0:2::7")),
+            address("fd00:0:0:2::7")
+        );
     }
 
     #[test]

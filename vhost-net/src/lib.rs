@@ -22,6 +22,7 @@
 //! | [`card`] | the order in which a packet meets services, policy and stack |
 //! | [`stack`] | flows: TCP terminated, UDP, echo |
 //! | [`host`] | the host's sockets, published ports |
+//! | [`lan`] | private networks: cards whose guests reach each other |
 //! | [`device`] | the virtio-net device: features, queue pairs |
 //! | [`local`] | what the services and the policy look like from the data path |
 //! | [`services`] | ARP, ND, DHCP, DHCPv6, DNS, metadata, ping: what the card itself is on the link |
@@ -40,6 +41,7 @@ pub mod commands;
 pub mod device;
 pub mod frame;
 pub mod host;
+pub mod lan;
 pub mod local;
 pub mod locals;
 pub mod memory;

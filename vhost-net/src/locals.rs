@@ -6,7 +6,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::card::Local;
 use crate::frame::Frame;
-use crate::local::{Decision, Direction, Meta, Outbox, TcpService, Verdict};
+use crate::lan::port::Judge;
+use crate::lan::{Lan, View};
+use crate::local::{Decision, Direction, FlowKey, Meta, Outbox, TcpService, Verdict};
 use crate::metrics::{LocalMetrics, Told};
 use crate::policy::flowfile::Feed;
 use crate::policy::flowlog::{FLOWS_MAX, FlowLog};
@@ -34,6 +36,8 @@ pub struct LocalOptions {
     pub upstream: Option<Arc<Upstream>>,
     /// Names of other machines on the guest's network.
     pub peers: Vec<(String, Vec<IpAddr>)>,
+    /// The private network, if the interface is on one.
+    pub lan: Option<Arc<Lan>>,
     /// The flow log; `None`, or no rules: there is none.
     pub flow_log: Option<FlowLogOptions>,
     /// Where counters are added up.
@@ -58,6 +62,7 @@ pub struct LocalSide {
     expire_at: Instant,
     /// Where the flow log's windows go, and when the next one is over.
     windows: Option<(Feed, Instant)>,
+    lan: Option<View>,
     metrics: Arc<LocalMetrics>,
     told: Told,
 }
@@ -91,6 +96,7 @@ impl LocalSide {
             policy,
             expire_at: now + EXPIRE_INTERVAL,
             windows,
+            lan: options.lan.clone().map(View::new),
             metrics: Arc::clone(&options.metrics),
             told: Told::default(),
         }
@@ -100,6 +106,21 @@ impl LocalSide {
         let policy = self.policy.as_ref().map(Policy::stats).unwrap_or_default();
         let services = self.services.stats();
         self.metrics.tell(&mut self.told, &services, &policy);
+    }
+
+    /// Whether a frame of the guest's goes to a member of its private network.
+    pub fn is_for_member(&mut self, frame: &[u8]) -> bool {
+        self.follow_lan();
+        let view = self.lan.as_ref();
+        view.is_some_and(|view| view.is_for_member(frame))
+    }
+
+    fn follow_lan(&mut self) {
+        if let Some(view) = &mut self.lan
+            && view.refresh()
+        {
+            self.services.set_peers(&view.names());
+        }
     }
 
     fn pass_window(&mut self, now: Instant) {
@@ -139,6 +160,13 @@ impl Locals for LocalSide {
 
 impl Local for LocalSide {
     fn frame(&mut self, frame: &Frame<'_>, now: Instant, out: &mut Outbox) -> Verdict {
+        self.follow_lan();
+        if let Some(answer) = self.lan.as_ref().and_then(|view| view.answer(frame)) {
+            if self.services.admit(frame.source, now) {
+                out.frames.push(answer);
+            }
+            return Verdict::Handled;
+        }
         self.services
             .receive(frame.bytes, !frame.is_partial, now, out)
     }
@@ -186,6 +214,19 @@ impl Local for LocalSide {
         let window = self.windows.as_ref().map(|(_, due)| *due);
         let ends = [self.services.poll_at(), expire, window];
         ends.into_iter().flatten().min()
+    }
+}
+
+impl Judge for LocalSide {
+    fn lets_pass(&mut self, direction: Direction, meta: &Meta, now: Instant) -> bool {
+        self.allows(direction, meta, now)
+    }
+
+    fn lets_error_pass(&mut self, flow: &FlowKey, now: Instant) -> bool {
+        match &mut self.policy {
+            Some(policy) => policy.check_error(flow, now) == Decision::Allow,
+            None => true,
+        }
     }
 }
 

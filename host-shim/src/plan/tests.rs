@@ -38,6 +38,7 @@ fn env(major: u16, minor: u16) -> Env {
         card: Some("/opt/offload/vhost-blk".into()),
         net_card: Some("/opt/offload/vhost-net".into()),
         run_dir: "/run/offload/web1".into(),
+        networks_dir: Some("/run/offload-networks".into()),
         kvm: Some(KvmVerdict::fast(1.0e9)),
         card_user: Some(UserId {
             uid: 65534,
@@ -132,6 +133,35 @@ fn the_plan_for_two_network_interfaces_is_as_recorded() {
     let text = SPEC.to_owned() + NICS;
     let plan = plan(&spec(&text), &env(7, 2)).unwrap();
     assert_snapshot("nics.txt", &plan.to_string());
+}
+
+#[test]
+fn cards_of_two_vms_on_one_network_meet_in_one_directory_with_one_prefix_and_two_addresses() {
+    let on = |vm: &str| {
+        let text = SPEC.replace("web1", vm) + "[[nic]]\nnetwork = \"backend\"\n";
+        plan(&spec(&text), &env(7, 2)).unwrap().cards.pop().unwrap()
+    };
+    let value = |vm: &str, option: &str| {
+        let args = on(vm).process.args;
+        let at = args.iter().position(|arg| arg == option).unwrap();
+        args[at + 1].clone()
+    };
+    for vm in ["web1", "web2"] {
+        assert_eq!(value(vm, "--network"), "/run/offload-networks/backend");
+    }
+    assert_eq!(
+        value("web1", "--ipv6-prefix"),
+        value("web2", "--ipv6-prefix")
+    );
+    let (one, two) = (value("web1", "--ipv4"), value("web2", "--ipv4"));
+    assert_ne!(one, two);
+    let network = |text: &str| text.split('.').take(2).collect::<Vec<_>>().join(".");
+    assert_eq!(network(&one), network(&two));
+    assert!(one.starts_with("10.") && one.ends_with("/16"), "{one}");
+    let mut env = env(7, 2);
+    env.networks_dir = None;
+    let text = SPEC.to_owned() + "[[nic]]\nnetwork = \"backend\"\n";
+    assert_eq!(plan(&spec(&text), &env), Err(PlanError::NoNetworks));
 }
 
 #[test]

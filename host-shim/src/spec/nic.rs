@@ -3,7 +3,9 @@
 //! What is left out follows from the VM's name and the interface's place, so that it is the same at
 //! each start and differs between interfaces: the hardware address (a guest that names interfaces or
 //! holds leases by it finds its own again) and the networks `10.0.(2+N).0/24` and `fd00:0:0:(2+N)::/64`
-//! of the Nth. What the card's own files say (security groups, metadata) is the card's to check.
+//! of the Nth. On a private network they follow from its name, so that all its members have the same:
+//! `10.N.0.0/16` with N from 64 to 191, and a prefix of `fd00::/8`; the guest's address follows from the
+//! VM's name. Two that fall on the same one are told apart with `ipv4`. What the card's own files say (security groups, metadata) is the card's to check.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -41,6 +43,8 @@ pub struct Ipv4Net {
 /// One network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Nic {
+    /// The private network that it is on.
+    pub network: Option<String>,
     /// Hardware address, unicast, like `52:54:00:12:34:56`.
     pub mac: String,
     /// The guest's address and network.
@@ -80,6 +84,7 @@ pub struct Nic {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct RawNic {
+    network: Option<Spanned<String>>,
     mac: Option<Spanned<String>>,
     ipv4: Option<Spanned<String>>,
     gateway: Option<Spanned<String>>,
@@ -172,6 +177,13 @@ impl Checker<'_> {
             })?,
             None => own_mac(vm, number),
         };
+        let network = raw.network.as_ref();
+        let network = network
+            .map(|name| {
+                let help = "up to 32 letters, digits and dashes, like network = \"backend\"";
+                self.one_of(name, parse_network, "the name of a network", help)
+            })
+            .transpose()?;
         let net = |text: &Spanned<String>| {
             self.one_of(text, parse_net, "an address and its network's prefix", {
                 "for example ipv4 = \"10.0.2.15/24\", with a prefix from 8 to 30"
@@ -179,6 +191,7 @@ impl Checker<'_> {
         };
         let ipv4 = match &raw.ipv4 {
             Some(text) => net(text)?,
+            None if let Some(network) = &network => own_address(network, vm, number),
             None => Ipv4Net {
                 address: Ipv4Addr::new(10, 0, 2 + number, 15),
                 prefix_len: 24,
@@ -199,12 +212,14 @@ impl Checker<'_> {
             }
             (None, Some(no)) if *no.get_ref() => None,
             (Some(prefix), _) => Some(self.address(prefix, "an IPv6 prefix", "fd00:0:0:2::")?),
+            (None, _) if let Some(network) = &network => Some(own_prefix(network)),
             (None, _) => {
                 let subnet = 2 + u16::from(number);
                 Some(Ipv6Addr::new(0xfd00, 0, 0, subnet, 0, 0, 0, 0))
             }
         };
         Ok(Nic {
+            network,
             mac,
             ipv4,
             gateway: v4(&raw.gateway)?,
@@ -318,12 +333,38 @@ fn overlap(one: &Nic, other: &Nic) -> Option<String> {
     is_same.then(|| format!("{one}/64 and {other}/64"))
 }
 
-/// An address of the range that QEMU's guests know, from the VM's name (FNV-1a) and the place.
-fn own_mac(vm: &str, number: u8) -> String {
-    let hash = vm.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+/// FNV-1a.
+fn hash(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
         (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
-    let [_, a, b, c] = hash.to_be_bytes();
+    })
+}
+
+/// An address on a private network, from the VM's name and the place. The network's first and last 256
+/// are left to cards and to those who write addresses down.
+fn own_address(network: &str, vm: &str, number: u8) -> Ipv4Net {
+    let [.., second, _] = hash(network).to_be_bytes();
+    let [.., high, low] = hash(vm).to_be_bytes();
+    Ipv4Net {
+        address: Ipv4Addr::new(
+            10,
+            64 + second % 128,
+            1 + high % 254,
+            low.wrapping_add(number),
+        ),
+        prefix_len: 16,
+    }
+}
+
+/// The unique local prefix (RFC 4193) of a private network.
+fn own_prefix(network: &str) -> Ipv6Addr {
+    let [a, b, c, d] = hash(network).to_be_bytes().map(u16::from);
+    Ipv6Addr::new(0xfd00 | a, b << 8 | c, d << 8, 0, 0, 0, 0, 0)
+}
+
+/// An address of the range that QEMU's guests know, from the VM's name and the place.
+fn own_mac(vm: &str, number: u8) -> String {
+    let [_, a, b, c] = hash(vm).to_be_bytes();
     // The last byte counts, so that interfaces of one VM never share one.
     format!("52:54:00:{a:02x}:{b:02x}:{:02x}", c.wrapping_add(number))
 }
@@ -337,6 +378,13 @@ fn parse_mac(text: &str) -> Option<String> {
     let is_unicast = bytes.first().is_some_and(|first| first & 1 == 0);
     let is_some = bytes.iter().any(|&byte| byte != 0);
     (bytes.len() == 6 && is_unicast && is_some).then(|| text.to_ascii_lowercase())
+}
+
+fn parse_network(text: &str) -> Option<String> {
+    let is_name = (1..=32).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        && !text.starts_with('-');
+    is_name.then(|| text.to_owned())
 }
 
 fn parse_net(text: &str) -> Option<Ipv4Net> {

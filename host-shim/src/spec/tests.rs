@@ -368,6 +368,12 @@ fn what_an_interface_cannot_be_is_refused_where_it_stands() {
             "'x'",
         ),
         ("mtu = 1500", "queue-pairs = 9", "queue-pairs = 9", "9"),
+        (
+            "mtu = 1500",
+            "network = '../x'",
+            "not the name of a network",
+            "'../x'",
+        ),
     ] {
         let (message, place) = refused(from, to);
         assert!(message.contains(says), "{to}: {message}");

@@ -21,5 +21,5 @@ pub use args::{SocketArgs, parse_mode};
 pub use capabilities::{Capabilities, capabilities_asked};
 pub use listener::{FdError, ListenError, Listener};
 pub use size::{SizeError, format_size, parse_size};
-pub use socket::{SocketError, SocketFile, bind_socket};
+pub use socket::{SocketError, SocketFile, bind_packet_socket, bind_socket};
 pub use user::parse_user;

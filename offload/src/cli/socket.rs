@@ -13,6 +13,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -101,6 +102,25 @@ impl Drop for SocketFile {
 /// # Errors
 /// See [`SocketError`].
 pub fn bind_socket(path: &Path, mode: u32) -> Result<(UnixListener, SocketFile), SocketError> {
+    let (fd, file) = bind_as(path, mode, SocketType::STREAM)?;
+    Ok((fd.into(), file))
+}
+
+/// Like [`bind_socket`], with messages instead of a stream (`SOCK_SEQPACKET`); it does not block.
+///
+/// # Errors
+/// See [`SocketError`].
+pub fn bind_packet_socket(path: &Path, mode: u32) -> Result<(OwnedFd, SocketFile), SocketError> {
+    let (fd, file) = bind_as(path, mode, SocketType::SEQPACKET)?;
+    rustix::io::ioctl_fionbio(&fd, true).map_err(|errno| SocketError::Io {
+        action: "set up",
+        path: path.to_owned(),
+        source: errno.into(),
+    })?;
+    Ok((fd, file))
+}
+
+fn bind_as(path: &Path, mode: u32, kind: SocketType) -> Result<(OwnedFd, SocketFile), SocketError> {
     if path.as_os_str().len() > PATH_MAX {
         return Err(SocketError::PathTooLong {
             path: path.to_owned(),
@@ -122,13 +142,8 @@ pub fn bind_socket(path: &Path, mode: u32) -> Result<(UnixListener, SocketFile),
             source: source.into(),
         }
     };
-    let fd = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(failed("make"))?;
+    let fd = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
+        .map_err(failed("make"))?;
     rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode)).map_err(failed("set the permissions of"))?;
     match bind(&fd, &address) {
         Err(Errno::ADDRINUSE) => {
@@ -159,7 +174,7 @@ pub fn bind_socket(path: &Path, mode: u32) -> Result<(UnixListener, SocketFile),
             .map_err(io_failed("set the permissions of"))?;
     }
     listen(&fd, BACKLOG).map_err(failed("listen on"))?;
-    Ok((fd.into(), file))
+    Ok((fd, file))
 }
 
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), SocketError> {
@@ -232,6 +247,26 @@ mod tests {
         assert!(matches!(error, SocketError::InUse { .. }), "{error:?}");
         assert!(error.to_string().contains("in use"), "{error}");
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_socket_of_messages_has_its_mode_and_replaces_a_stale_one_but_no_live_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (listener, file) = bind_packet_socket(&path, 0o600).unwrap();
+        assert_eq!(mode_of(&path), 0o600);
+        let error = bind_packet_socket(&path, 0o600).unwrap_err();
+        assert!(matches!(error, SocketError::InUse { .. }), "{error:?}");
+        drop(listener);
+        std::mem::forget(file);
+        let (listener, _file) = bind_packet_socket(&path, 0o600).unwrap();
+        let address = SocketAddrUnix::new(&path).unwrap();
+        let kind = SocketType::SEQPACKET;
+        let client = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let nobody = rustix::net::accept(&listener).unwrap_err();
+        assert_eq!(nobody, Errno::WOULDBLOCK);
+        connect(&client, &address).unwrap();
+        rustix::net::accept(&listener).unwrap();
     }
 
     #[test]

@@ -49,7 +49,8 @@ pub(super) fn methods(server: ControlServer, facts: Facts) -> ControlServer {
         .method("limits", with(limits))
         .method("published", with(published))
         .method("publish", with(publish))
-        .method("unpublish", with(unpublish));
+        .method("unpublish", with(unpublish))
+        .method("network", with(network));
     let facts = Arc::clone(&facts);
     server.upgrade("capture", move |params| begin_capture(&facts, params))
 }
@@ -103,6 +104,12 @@ fn limits(facts: &Facts, params: Value) -> Result<Value, ControlError> {
             .map_err(|error| ControlError::bad_params(error.to_string()))?;
     }
     Ok(json!(facts.device.limits()))
+}
+
+fn network(facts: &Facts, _: Value) -> Result<Value, ControlError> {
+    let lan = facts.device.lan();
+    let none = || ControlError::failed("this card is on no private network");
+    lan.map(|lan| lan.report()).ok_or_else(none)
 }
 
 fn ports(facts: &Facts) -> Vec<String> {

@@ -22,6 +22,8 @@ use crate::args::ServeArgs;
 use crate::device::NetDevice;
 use crate::device::publisher::{Publisher, default_groups};
 use crate::host::may_ping;
+use crate::lan::Lan;
+use crate::lan::meeting::{Id, Meeting};
 use crate::locals::{FlowLogOptions, LocalOptions};
 use crate::policy::SharedRules;
 use crate::policy::flowfile::FlowFile;
@@ -56,6 +58,13 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     // Servers that somebody named are those.
     let followed = args.interface.dns_upstream.is_empty().then_some(host);
     let timeouts = args.policy.options().timeouts;
+    if let Some(v6) = spec.v6.filter(|v6| !v6.contains(v6.address)) {
+        anyhow::bail!(
+            "--ipv6-address {} is not of the prefix {}/64",
+            v6.address,
+            v6.prefix
+        );
+    }
     let settings = Settings {
         flows_max: args.flows as usize,
         host_loopback: args.map_host_loopback.clone(),
@@ -65,6 +74,12 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     };
     let (mut local, flow_log) = local(args, &spec)?;
     local.upstream = Some(Arc::clone(&upstream));
+    if let Some(path) = &args.interface.network {
+        let meeting = Meeting::open(path, Id::new(spec.mac), args.user)
+            .context("cannot join the private network")?;
+        let (spec, rules) = (Arc::new(spec.clone()), local.rules.clone());
+        local.lan = Some(Arc::new(Lan::new(meeting, spec, rules)));
+    }
     let device = Arc::new(NetDevice::new(spec, settings, local, args.queue_pairs));
     let limits = args.limits.spec();
     device
@@ -205,6 +220,12 @@ fn sandbox(
     }
     if let Some(path) = followed.and_then(Resolvers::reach) {
         builder = builder.read(path);
+    }
+    if let Some(network) = &args.interface.network {
+        // Who else is there is read from the directory, which is open.
+        builder = builder
+            .allow_calls(&[libc::SYS_getdents64])
+            .remove_in(network);
     }
     // The sockets' own files are removed in the end.
     let paths = args.socket.socket_path.iter().chain(&args.control_socket);

@@ -5,7 +5,8 @@
 //! | MRG_RXBUF | a super-segment lies in as many small buffers as it needs |
 //! | CSUM, GUEST_CSUM | nobody sums up what never leaves memory |
 //! | HOST_TSO4, HOST_TSO6 | the guest sends 64 KiB at once |
-//! | GUEST_TSO4 | and is sent 64 KiB at once; smoltcp has none for IPv6 |
+//! | GUEST_TSO4 | and is sent 64 KiB at once; the stack, which is smoltcp, has none for IPv6 |
+//! | GUEST_TSO6 | the same from other guests of a private network |
 //! | MTU | the guest's interface has the right one without DHCP |
 //! | MQ | more pairs, more threads |
 //!
@@ -38,12 +39,15 @@ use crate::capture::Tap;
 use crate::card::{Card, CardStats};
 use crate::host::HostSockets;
 use crate::host::publish::Published;
+use crate::lan::Lan;
+use crate::lan::segment::Takes;
 use crate::locals::{LocalOptions, LocalSide};
 use crate::spec::{MTU_MIN, Spec};
 use crate::stack::{Accepts, Owners, Settings, Share, Stack};
 
 mod exchange;
 pub mod limits;
+mod network;
 mod pair;
 pub mod publisher;
 mod rings;
@@ -59,6 +63,7 @@ const CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_CSUM;
 const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 const MTU: u64 = 1 << virtio_net::VIRTIO_NET_F_MTU;
 const GUEST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
+const GUEST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO6;
 const HOST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO4;
 const HOST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO6;
 const MRG_RXBUF: u64 = 1 << virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -67,7 +72,7 @@ const VERSION_1: u64 = 1 << 32;
 
 /// What the device offers.
 pub const FEATURES: u64 =
-    CSUM | GUEST_CSUM | MTU | GUEST_TSO4 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF | MQ;
+    CSUM | GUEST_CSUM | MTU | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF | MQ;
 
 /// Largest queue size: what QEMU has for network devices.
 const QUEUE_SIZE_MAX: u16 = 1024;
@@ -84,6 +89,8 @@ pub struct Negotiated {
     pub merges: bool,
     /// What may be sent to it.
     pub accepts: Accepts,
+    /// What a member of its private network may have sent.
+    pub takes: Takes,
 }
 
 impl Negotiated {
@@ -102,6 +109,11 @@ impl Negotiated {
                 partial,
                 // A driver must not accept it without GUEST_CSUM (5.1.3.1).
                 tso4: partial && acked & GUEST_TSO4 != 0,
+            },
+            takes: Takes {
+                partial,
+                tso4: partial && acked & GUEST_TSO4 != 0,
+                tso6: partial && acked & GUEST_TSO6 != 0,
             },
         }
     }
@@ -193,6 +205,12 @@ impl NetDevice {
         &self.shared.tap
     }
 
+    /// The private network, if the interface is on one.
+    #[must_use]
+    pub fn lan(&self) -> Option<&Arc<Lan>> {
+        self.shared.local.lan.as_ref()
+    }
+
     /// What it may carry.
     #[must_use]
     pub fn limits(&self) -> LimitsSpec {
@@ -225,6 +243,9 @@ impl NetDevice {
         self.shared.tap.register(registry);
         let local = &self.shared.local;
         local.metrics.register(registry, local.imds.as_ref());
+        if let Some(lan) = &local.lan {
+            lan.register(registry);
+        }
     }
 
     /// Looks at the published ports.
@@ -329,6 +350,11 @@ impl Device for NetDevice {
     fn queue(&self, index: u16, waker: Waker) -> Result<Pair, DeviceError> {
         let shared = Arc::clone(&self.shared);
         let mut wakers = shared.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if index == 0
+            && let Some(lan) = &shared.local.lan
+        {
+            lan.set_waker(waker.clone());
+        }
         wakers.push(waker.clone());
         drop(wakers);
         if let Some(exchange) = &shared.exchange {

@@ -21,12 +21,13 @@ use offload::worker::QueueIo;
 use super::exchange::{Link, Mail};
 use super::limits::offer;
 use super::rings::{ROUND_BYTES, RxSide, gather};
-use super::{Negotiated, Shared};
+use super::{Negotiated, Shared, network};
 use crate::card::Card;
 use crate::frame::FRAME_MAX;
 use crate::frame::header::{HEADER_LEN, NetHeader};
 use crate::host::publish::Transport;
 use crate::host::{Happened, HostSockets};
+use crate::lan::port::Port;
 use crate::local::Direction;
 use crate::locals::LocalSide;
 use crate::stack::{Host, Wire};
@@ -50,6 +51,8 @@ pub struct Pair {
     published: (u64, bool),
     card: Card<LocalSide>,
     host: HostSockets,
+    /// The private network, if this pair has it.
+    port: Option<Port>,
     tx_gate: TimedGate<Chain>,
     /// Chains that wait for another pair's inbox, or behind one that does.
     held: VecDeque<Chain>,
@@ -85,6 +88,9 @@ impl Pair {
         let negotiated = Negotiated::new(shared.acked.load(Ordering::Acquire));
         let link = shared.exchange.as_ref();
         let link = link.map(|exchange| Link::new(Arc::clone(exchange), rx / 2));
+        let mut host = super::host()?;
+        let lan = shared.local.lan.clone().filter(|_| rx == 0);
+        let port = lan.map(|lan| Port::new(lan, &mut host, now)).transpose()?;
         Ok(Self {
             rx: RxSide::new(
                 rx,
@@ -98,7 +104,8 @@ impl Pair {
             session: 0,
             published: (0, false),
             card: super::card(&shared, negotiated, rx / 2, now)?,
-            host: super::host()?,
+            host,
+            port,
             held: VecDeque::new(),
             tx_gate: shared.limits.tx_gate(),
             buffer: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
@@ -169,6 +176,11 @@ impl Pair {
                 Happened::Socket(flow, event) => self.card.stack.on_host(flow, event),
                 Happened::Published(at) => self.take_published(at, io),
                 Happened::Answer(token) => self.take_answer(token, io),
+                Happened::Watched(mark, event) => {
+                    if let Some(port) = &mut self.port {
+                        port.on_event(mark, event, self.now);
+                    }
+                }
             }
         }
     }
@@ -271,6 +283,13 @@ impl Pair {
             self.shared.tap.frame(Direction::Out, frame);
         }
         let (now, host) = (self.now, &mut self.host);
+        let local = &mut self.card.local;
+        if network::to_member(&mut self.port, &self.shared, local, &header, frame, now) {
+            self.tx_stats.bytes_written.add(frame.len() as u64);
+            self.taken += frame.len();
+            io.complete(chain.token, 0);
+            return None;
+        }
         let mut wire = self.rx.wire(io);
         let owner = self.card.from_guest(&header, frame, now, &mut wire, host);
         if let (Some(owner), Some(link)) = (owner, &self.rx.link) {
@@ -375,8 +394,13 @@ impl QueueHandler for Pair {
         wire.flush();
         self.is_stalled = !wire.has_room();
         self.take_mail(io);
+        let takes = self.rx.negotiated.takes;
         let mut wire = self.rx.wire(io);
         self.card.run(self.now, &mut wire, &mut self.host);
+        if let Some(port) = &mut self.port {
+            let (local, stats) = (&mut self.card.local, &self.shared.stats);
+            port.run(self.now, takes, &mut wire, local, &mut self.host, stats);
+        }
         self.is_stalled = !wire.has_room();
         self.rx.next_round();
         self.taken = 0;
@@ -387,7 +411,10 @@ impl QueueHandler for Pair {
     }
 
     fn has_more(&self) -> bool {
-        self.has_events || (self.card.stack.has_work() && !self.is_stalled)
+        let port = self.port.as_ref();
+        self.has_events
+            || (self.card.stack.has_work() && !self.is_stalled)
+            || port.is_some_and(|port| port.has_more(!self.is_stalled))
     }
 
     fn stopping(&mut self, io: &mut QueueIo<'_>) {
@@ -399,7 +426,8 @@ impl QueueHandler for Pair {
 
     fn deadline(&self) -> Option<Instant> {
         let gates = [self.rx.deadline(), self.tx_gate.deadline()];
-        let ends = gates.into_iter().chain([self.card.deadline()]);
+        let network = self.port.as_ref().and_then(Port::deadline);
+        let ends = gates.into_iter().chain([self.card.deadline(), network]);
         ends.flatten().min()
     }
 

@@ -21,6 +21,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto,
 };
 
+use crate::lan::port::Watcher;
 use crate::local::Outgoing;
 use crate::stack::{Event, Host, Kind, Report};
 
@@ -40,6 +41,8 @@ const EVENT_BATCHES: usize = 8;
 const PUBLISHED: u64 = 1 << 63;
 /// Marks the events of questions to servers.
 const ASKED: u64 = 1 << 62;
+/// Marks the events of descriptors that are watched for others.
+const WATCHED_FOR: u64 = 1 << 61;
 
 struct Socket {
     fd: OwnedFd,
@@ -56,6 +59,8 @@ pub enum Happened {
     Published(usize),
     /// A server has said something.
     Answer(u64),
+    /// An event on a descriptor that is watched for somebody: its mark.
+    Watched(u64, Event),
 }
 
 /// See the module.
@@ -153,11 +158,6 @@ impl HostSockets {
                     happened.push(Happened::Answer(data & !ASKED));
                     continue;
                 }
-                let (flow, serial) = ((data >> 32) as usize, data as u32);
-                let socket = self.sockets.get(flow).and_then(Option::as_ref);
-                if socket.is_none_or(|socket| socket.serial != serial) {
-                    continue;
-                }
                 let failed = flags.contains(EventFlags::ERR);
                 let hung_up = flags.contains(EventFlags::HUP);
                 let event = Event {
@@ -165,6 +165,15 @@ impl HostSockets {
                     writable: failed || hung_up || flags.contains(EventFlags::OUT),
                     hangup: hung_up || flags.contains(EventFlags::RDHUP),
                 };
+                if data & WATCHED_FOR != 0 {
+                    happened.push(Happened::Watched(data & !WATCHED_FOR, event));
+                    continue;
+                }
+                let (flow, serial) = ((data >> 32) as usize, data as u32);
+                let socket = self.sockets.get(flow).and_then(Option::as_ref);
+                if socket.is_none_or(|socket| socket.serial != serial) {
+                    continue;
+                }
                 happened.push(Happened::Socket(flow, event));
             }
             if is_last {
@@ -249,6 +258,18 @@ impl HostSockets {
     #[must_use]
     pub fn published(&self, at: usize) -> Option<Arc<Published>> {
         self.published.get(&at).cloned()
+    }
+}
+
+impl Watcher for HostSockets {
+    fn watch(&mut self, fd: BorrowedFd<'_>, mark: u64) -> io::Result<()> {
+        let mark = mark & !(PUBLISHED | ASKED | WATCHED_FOR);
+        Ok(epoll::add(
+            &self.epoll,
+            fd,
+            EventData::new_u64(WATCHED_FOR | mark),
+            WATCHED,
+        )?)
     }
 }
 

@@ -238,6 +238,16 @@ impl GroupsSpec {
     ///
     /// The first thing that is wrong.
     pub fn compile(&self) -> Result<Rules, GroupsError> {
+        self.compile_with(&BTreeMap::new())
+    }
+
+    /// As [`Self::compile`], with `more` addresses in groups than are written down. Those do not count
+    /// towards the limits: who gives them has limits of its own.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong.
+    pub fn compile_with(&self, more: &BTreeMap<String, Vec<IpAddr>>) -> Result<Rules, GroupsError> {
         at_most("groups", self.groups.len(), GROUPS_MAX)?;
         at_most(
             "groups of the interface",
@@ -274,7 +284,7 @@ impl GroupsSpec {
                     };
                     // Rules of groups that the interface is not in are checked all the same: the
                     // text is right or wrong whoever reads it.
-                    let rule = spec.compile(&groups, place)?;
+                    let rule = spec.compile(&groups, more, place)?;
                     match list {
                         _ if !is_mine => {}
                         "ingress" => rules.ingress.push(rule),
@@ -302,6 +312,7 @@ impl RuleSpec {
     fn compile(
         &self,
         groups: &BTreeMap<&str, &GroupSpec>,
+        more: &BTreeMap<String, Vec<IpAddr>>,
         place: Place,
     ) -> Result<Rule, GroupsError> {
         let matches = self.matches(&place)?;
@@ -330,6 +341,10 @@ impl RuleSpec {
             }
         }
         at_most("peers of a rule", peers.len(), PEERS_MAX)?;
+        let named = |group: &&str| self.peers.iter().any(|peer| peer == *group);
+        for (_, members) in more.iter().filter(|(group, _)| named(&group.as_str())) {
+            peers.extend(members.iter().map(|member| IpNet::from(*member)));
+        }
         Ok(Rule {
             group: place.group,
             spec: self.clone(),

@@ -23,6 +23,8 @@
 //! ([`SharedRules`]): a packet that begins a flow looks at one counter to see whether they have
 //! changed. Rule counters are relaxed atomics, touched once a flow.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -58,6 +60,8 @@ pub struct SharedRules {
 #[derive(Debug, Default)]
 struct RuleSet {
     spec: GroupsSpec,
+    /// See [`SharedRules::set_members`].
+    members: BTreeMap<String, Vec<IpAddr>>,
     ingress: Vec<Counted>,
     egress: Vec<Counted>,
 }
@@ -87,7 +91,7 @@ impl SharedRules {
     ///
     /// What is wrong with the groups.
     pub fn new(spec: GroupsSpec) -> Result<Self, GroupsError> {
-        let set = RuleSet::new(spec, &RuleSet::default())?;
+        let set = RuleSet::new(spec, BTreeMap::new(), &RuleSet::default())?;
         Ok(Self {
             generation: AtomicU64::new(1),
             current: Mutex::new(Arc::new(set)),
@@ -101,9 +105,31 @@ impl SharedRules {
     /// What is wrong with the groups; the old rules then stay.
     pub fn replace(&self, spec: GroupsSpec) -> Result<(), GroupsError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = Arc::new(RuleSet::new(spec, &current)?);
+        let members = current.members.clone();
+        *current = Arc::new(RuleSet::new(spec, members, &current)?);
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
+    }
+
+    /// Changes with the rules.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Addresses that are in groups besides the members that were written down: what a private network
+    /// says of its members. For flows that begin from now on.
+    pub fn set_members(&self, members: BTreeMap<String, Vec<IpAddr>>) {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.members == members {
+            return;
+        }
+        let spec = current.spec.clone();
+        // The groups were right before, and members cannot make them wrong.
+        if let Ok(set) = RuleSet::new(spec, members, &current) {
+            *current = Arc::new(set);
+            self.generation.fetch_add(1, Ordering::Release);
+        }
     }
 
     /// The groups as they were given last.
@@ -136,8 +162,12 @@ impl SharedRules {
 }
 
 impl RuleSet {
-    fn new(spec: GroupsSpec, old: &Self) -> Result<Self, GroupsError> {
-        let rules = spec.compile()?;
+    fn new(
+        spec: GroupsSpec,
+        members: BTreeMap<String, Vec<IpAddr>>,
+        old: &Self,
+    ) -> Result<Self, GroupsError> {
+        let rules = spec.compile_with(&members)?;
         let count = |rules: Vec<Rule>, old: &[Counted]| {
             let mut left: Vec<_> = old.iter().map(Some).collect();
             rules
@@ -160,6 +190,7 @@ impl RuleSet {
             ingress: count(rules.ingress, &old.ingress),
             egress: count(rules.egress, &old.egress),
             spec,
+            members,
         })
     }
 }

@@ -134,6 +134,10 @@ pub struct Dns {
     servers: Arc<[SocketAddr]>,
     names: BTreeMap<Name, Vec<IpAddr>>,
     addresses: BTreeMap<Name, Name>,
+    /// Names of other machines that come and go; what is known besides goes before them.
+    peer_names: BTreeMap<Name, Vec<IpAddr>>,
+    peer_addresses: BTreeMap<Name, Name>,
+    domain: Option<String>,
     random: Random,
     cache: HashMap<Key, Cached>,
     order: VecDeque<(Key, u64)>,
@@ -175,6 +179,9 @@ impl Dns {
             upstream,
             names: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            peer_names: BTreeMap::new(),
+            peer_addresses: BTreeMap::new(),
+            domain: spec.domain.clone(),
             random,
             cache: HashMap::new(),
             order: VecDeque::new(),
@@ -227,17 +234,23 @@ impl Dns {
     }
 
     fn add(&mut self, name: &str, addresses: &[IpAddr]) {
-        let Ok(name) = Name::from_ascii(name) else {
-            return;
-        };
-        let mut name = name.to_lowercase();
-        name.set_fqdn(true);
-        for address in addresses {
-            let mut reverse = Name::from(*address);
-            reverse.set_fqdn(true);
-            self.addresses.insert(reverse, name.clone());
+        add(&mut self.names, &mut self.addresses, name, addresses);
+    }
+
+    /// Exchanges the names of other machines that come and go. Of an address's names the last is what
+    /// it is called.
+    pub fn set_peers(&mut self, peers: &[(String, Vec<IpAddr>)]) {
+        let (mut names, mut reverse) = (BTreeMap::new(), BTreeMap::new());
+        for (name, addresses) in peers {
+            add(&mut names, &mut reverse, name, addresses);
+            if let Some(domain) = &self.domain
+                && !name.contains('.')
+            {
+                let full = format!("{name}.{domain}");
+                add(&mut names, &mut reverse, &full, addresses);
+            }
         }
-        self.names.insert(name, addresses.to_vec());
+        (self.peer_names, self.peer_addresses) = (names, reverse);
     }
 
     /// Counters.
@@ -493,12 +506,14 @@ impl Dns {
         name.set_fqdn(true);
         let record = |data| Record::from_rdata(query.name().clone(), LOCAL_TTL, data);
         let kind = query.query_type();
-        if let Some(target) = self.addresses.get(&name) {
+        let target = self.addresses.get(&name);
+        if let Some(target) = target.or_else(|| self.peer_addresses.get(&name)) {
             let is_asked = matches!(kind, RecordType::PTR | RecordType::ANY);
             let answer = is_asked.then(|| record(RData::PTR(PTR(target.clone()))));
             return Some(answer.into_iter().collect());
         }
-        let addresses = self.names.get(&name)?;
+        let addresses = self.names.get(&name);
+        let addresses = addresses.or_else(|| self.peer_names.get(&name))?;
         let records = addresses
             .iter()
             .filter_map(|address| match (address, kind) {
@@ -572,6 +587,25 @@ impl Dns {
             self.cached_bytes -= cached.bytes;
         }
     }
+}
+
+fn add(
+    names: &mut BTreeMap<Name, Vec<IpAddr>>,
+    reverse: &mut BTreeMap<Name, Name>,
+    name: &str,
+    addresses: &[IpAddr],
+) {
+    let Ok(name) = Name::from_ascii(name) else {
+        return;
+    };
+    let mut name = name.to_lowercase();
+    name.set_fqdn(true);
+    for address in addresses {
+        let mut pointer = Name::from(*address);
+        pointer.set_fqdn(true);
+        reverse.insert(pointer, name.clone());
+    }
+    names.insert(name, addresses.to_vec());
 }
 
 /// How long an answer may be cached, in seconds; `None`: not at all.

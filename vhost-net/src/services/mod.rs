@@ -125,6 +125,13 @@ impl Services {
         self
     }
 
+    /// Exchanges the names of other machines that come and go.
+    pub fn set_peers(&mut self, peers: &[(String, Vec<IpAddr>)]) {
+        if let Some(dns) = &mut self.dns {
+            dns.set_peers(peers);
+        }
+    }
+
     /// Counters.
     #[must_use]
     pub fn stats(&self) -> ServiceStats {
@@ -344,7 +351,7 @@ impl Services {
     }
 
     /// Whether a frame may cost something: it is the guest's, and not one too many.
-    fn admit(&mut self, sender: smoltcp::wire::EthernetAddress, now: Instant) -> bool {
+    pub(crate) fn admit(&mut self, sender: smoltcp::wire::EthernetAddress, now: Instant) -> bool {
         if sender != self.spec.mac {
             self.stats.spoofed += 1;
             return false;
