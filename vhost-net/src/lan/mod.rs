@@ -50,6 +50,7 @@ use offload::worker::Waker;
 use serde_json::{Value, json};
 
 use crate::frame::header::NetHeader;
+use crate::frame::{Frame, Net};
 use crate::policy::SharedRules;
 use crate::spec::Spec;
 
@@ -427,7 +428,17 @@ impl View {
     /// Answers a guest that asks who has an address, for the members; hears what the guest wants for
     /// itself. `None`: it is not about a member.
     #[must_use]
-    pub fn answer(&self, frame: &crate::frame::Frame<'_>) -> Option<Vec<u8>> {
+    pub fn answer(&self, frame: &Frame<'_>) -> Option<Vec<u8>> {
+        // An IPv6 guest asks once whether an address is free; a card that comes later learns it when
+        // the address is used.
+        if let Net::Ip(packet) = &frame.net
+            && packet.source.is_ipv6()
+            && !packet.source.is_unspecified()
+            && frame.source == self.lan.spec.mac
+            && !self.own.contains(packet.source)
+        {
+            self.lan.claim(packet.source);
+        }
         let question = answer::question(frame)?;
         match self.members.by_address(question.target()) {
             Some(member) => answer::answer(&question, member.is.mac, self.lan.spec.mac),

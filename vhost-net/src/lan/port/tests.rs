@@ -501,6 +501,29 @@ fn an_address_that_the_guest_has_chosen_is_announced_before_it_is_used() {
 }
 
 #[test]
+fn addresses_are_learned_when_they_are_probed_for_and_when_they_are_used() {
+    let (_dir, path) = network();
+    let (mut a, mut b) = (Card::new(&path, 21), Card::new(&path, 22));
+    meet(&mut [&mut a, &mut b]);
+    let ip = |text: &str| text.parse::<std::net::Ipv6Addr>().unwrap();
+    let (local, all) = (ip("fe80::5054:ff:fe00:15"), ip("ff02::2"));
+    let mut used = Vec::new();
+    PacketBuilder::ethernet2(a.mac.0, [0x33, 0x33, 0, 0, 0, 2])
+        .ipv6(local.octets(), all.octets(), 255)
+        .udp(5, 6)
+        .write(&mut used, b"")
+        .unwrap();
+    let plain = NetHeader::default();
+    let frame = Frame::parse(&used, &plain).unwrap();
+    assert_eq!(a.port.view().answer(&frame), None);
+    until(&mut [&mut a, &mut b], |cards| {
+        let view = cards[1].port.view();
+        view.members.by_address(local.into()).is_some()
+    });
+    assert!(a.port.view().own.contains(local.into()));
+}
+
+#[test]
 fn what_is_not_for_a_member_is_left_to_others() {
     let (_dir, path) = network();
     let (mut a, mut b) = (Card::new(&path, 21), Card::new(&path, 22));
