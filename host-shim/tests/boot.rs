@@ -81,6 +81,7 @@ impl Stage {
             card: Some("/unused".into()),
             net_card: None,
             run_dir: self.dir.path().join("run"),
+            networks_dir: None,
             kvm: None,
             card_user: None,
         };
