@@ -551,3 +551,6 @@ fn meta(frame: &Frame<'_>) -> Option<Meta> {
         icmp,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -832,6 +832,33 @@ fn a_datagram_that_is_too_large_for_the_path_says_how_large_it_may_be() {
 }
 
 #[test]
+fn a_path_too_narrow_for_ipv6_is_told_as_packet_too_big() {
+    let mut world = World::usual();
+    world.host.mtu = Some(1300);
+    let from = Spec::default().v6.unwrap().address;
+    let to: std::net::Ipv6Addr = "2001:db8::7".parse().unwrap();
+    let packet = |len: usize| {
+        let mut bytes = Vec::new();
+        etherparse::PacketBuilder::ipv6(from.octets(), to.octets(), 64)
+            .udp(5000, 9)
+            .write(&mut bytes, &vec![0; len])
+            .unwrap();
+        bytes
+    };
+    world.hand_in(&packet(1));
+    let flow = world.flow();
+    world.host.get(flow).fails = Some(libc::EMSGSIZE);
+    world.hand_in(&packet(2000));
+    world.settle();
+    let error = world.others.pop().unwrap();
+    assert_eq!((error[6], error[40], error[41]), (58, 2, 0));
+    assert_eq!(error[44..48], 1300_u32.to_be_bytes());
+    // It quotes as much as keeps it within the least MTU of IPv6.
+    assert_eq!(error.len(), 1280);
+    assert_eq!(error[48..], packet(2000)[..1280 - 48]);
+}
+
+#[test]
 fn a_datagram_above_the_mtu_reaches_the_guest_in_fragments() {
     let mut world = World::usual();
     world.hand_in(&udp("192.0.2.7:53", b"q"));
