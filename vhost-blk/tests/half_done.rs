@@ -155,26 +155,16 @@ fn an_export_takes_the_old_images_place_only_when_it_is_complete_and_for_its_own
 #[test]
 fn whoever_reads_the_output_may_leave_early() {
     let files = Files::with_volume("16M");
-    let (key, volume) = (files.text("key"), files.text("volume"));
-    for args in [
-        vec!["info", &volume],
-        vec!["info", "--json", &volume],
-        vec!["check", "--key-file", &key, &volume],
-        vec!["check", "--json", "--key-file", &key, &volume],
-        vec![
-            "create",
-            "--force",
-            "--size",
-            "1M",
-            "--key-file",
-            &key,
-            &volume,
-        ],
-    ] {
+    let (key, volume, control) = (
+        files.text("key"),
+        files.text("volume"),
+        files.text("control"),
+    );
+    let unread = |args: &[&str]| {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let output = Command::new(env!("CARGO_BIN_EXE_vhost-blk"))
-            .args(&args)
+            .args(args)
             .stdin(Stdio::null())
             .stdout(writer)
             .output()
@@ -184,7 +174,25 @@ fn whoever_reads_the_output_may_leave_early() {
             output.status.success() && said.is_empty(),
             "{args:?}: {said}"
         );
-    }
+    };
+    let with_key = ["--key-file", &key];
+    unread(&["info", &volume]);
+    unread(&["info", "--json", &volume]);
+    unread(&[&["check", &volume], &with_key[..]].concat());
+    unread(&[&["check", "--json", &volume], &with_key[..]].concat());
+    unread(&[&["compact", &volume], &with_key[..]].concat());
+    let card = files.serve(&["--control-socket", &control]);
+    unread(&["limits", "--control-socket", &control]);
+    unread(&["limits", "--json", "--control-socket", &control]);
+    unread(&["resize", "--size", "16M", "--control-socket", &control]);
+    card.stop();
+    unread(
+        &[
+            &["create", "--force", "--size", "1M", &volume],
+            &with_key[..],
+        ]
+        .concat(),
+    );
 }
 
 #[test]

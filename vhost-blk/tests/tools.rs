@@ -319,30 +319,6 @@ fn what_is_no_volume_is_named_with_the_reason() {
 }
 
 #[test]
-fn a_reader_that_has_left_does_not_matter() {
-    let files = Files::with_volume("16M");
-    let (key, volume, control) = (
-        files.text("key"),
-        files.text("volume"),
-        files.text("control"),
-    );
-    let unread = |args: &[&str]| {
-        let (read_end, write_end) = rustix::pipe::pipe().unwrap();
-        drop(read_end);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
-        let output = command.args(args).stdout(write_end).output().unwrap();
-        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
-    };
-    for command in ["info", "check", "compact"] {
-        unread(&[command, "--key-file", &key, &volume]);
-    }
-    let card = files.serve(&["--control-socket", &control]);
-    unread(&["limits", "--control-socket", &control]);
-    unread(&["resize", "--control-socket", &control, "--size", "16M"]);
-    card.stop();
-}
-
-#[test]
 fn a_passphrase_opens_what_it_made_and_nothing_else_does() {
     let files = Files::new();
     files.private("phrase", b"correct horse\nsecond line\n");
