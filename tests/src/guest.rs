@@ -15,6 +15,16 @@ use crate::lab::{Lab, Volume, text};
 /// Patience with anything. Far more than is needed: machines that run tests are slow and shared.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// What a guest runs to answer one connection to `port` with what it says, and to know that it
+/// listens.
+#[must_use]
+pub fn echo_on(port: u16) -> String {
+    format!(
+        "nc -l -p {port} -e cat >/dev/null 2>&1 & \
+         until cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{port:04X} .*:0000 0A'; do sleep 0.1; done"
+    )
+}
+
 /// A disk of a VM.
 #[derive(Debug, Clone)]
 pub struct Disk {

@@ -14,6 +14,7 @@ use host_shim::guest::{self, Initrd};
 use host_shim::qemu::Version;
 use offload::control::ControlClient;
 use offload_tests::binaries::binary;
+use offload_tests::guest::echo_on;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -320,7 +321,7 @@ fn a_stock_guest_has_a_network_with_nothing_configured_on_the_host() {
     assert_eq!(guest.ok("cat /tmp/x; echo").trim(), "hello over udp");
 
     // From outside, and back.
-    guest.ok("nc -l -p 7777 -e cat >/dev/null 2>&1 & sleep 1");
+    guest.ok(&echo_on(7777));
     let mut client = connect(forwarded);
     client.write_all(b"through the card").expect("it takes");
     client.shutdown(std::net::Shutdown::Write).expect("open");

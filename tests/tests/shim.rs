@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
-use offload_tests::guest::{Disk, PATIENCE, Vm};
+use offload_tests::guest::{Disk, PATIENCE, Vm, echo_on};
 use offload_tests::lab::Lab;
 use rustix::process::Signal;
 
@@ -143,7 +143,7 @@ fn a_network_card_gives_the_guest_a_network_and_comes_back_when_it_is_killed() {
     assert_eq!(vm.ok(&fetch).trim(), "fetched through the card");
 
     // From outside.
-    vm.ok("nc -l -p 7777 -e cat >/dev/null 2>&1 & sleep 1");
+    vm.ok(&echo_on(7777));
     let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, published)).expect("a listener");
     client.set_read_timeout(Some(PATIENCE)).expect("a socket");
     client.write_all(b"echo").expect("it takes");
