@@ -25,11 +25,12 @@
 //! Modules, from the pure to the impure: [`job`] what is measured, [`stats`] medians and ratios,
 //! [`results`] what came out, [`table`] and [`chart`] how it is shown; [`client`] drives a server,
 //! [`server`] owns its process, [`target`] knows each peer's command line, [`fio`] runs the
-//! baseline, [`blk`] and [`scale`] do it all in order.
+//! baseline, [`fill`] leaves a volume with a full log, [`blk`] and [`scale`] do it all in order.
 
 pub mod blk;
 pub mod chart;
 pub mod client;
+pub mod fill;
 pub mod fio;
 pub mod job;
 pub mod net;

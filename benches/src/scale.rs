@@ -3,11 +3,12 @@
 //! A thin volume of 1 TiB gets 4 KiB blocks written all over it, each in another leaf of the map
 //! where there are that many: the worst case for a cache of map pages. Then: how much memory the card
 //! holds, how fast random reads are whose map pages are not there, and how long opening takes after
-//! a `kill -9` and after a clean end.
+//! a `kill -9`, after a clean end, and after a death with a full log (see [`fill`](crate::fill)).
 //!
 //! The card is measured alone: no peer keeps a map that it could be compared with (a raw file has
 //! none, qcow2's is a table whose cache is not authenticated).
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
@@ -23,10 +24,12 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::blk::{bar, find_card, write};
 use crate::client::{Client, Outcome};
+use crate::fill::{LEAF, fill_log};
 use crate::job::{BLOCK_MIN, QUEUE_SIZE};
 use crate::results::Latency;
 use crate::server::{Memory, Server};
 use crate::target::{args, run as run_program, write_private};
+use offload::cli::parse_size;
 
 const BLOCK: u64 = BLOCK_MIN as u64;
 /// Writes that are acknowledged and in no commit when the card is killed, among others.
@@ -113,6 +116,12 @@ pub struct Report {
     pub killed_memory: (u64, u64),
     /// Opening after a clean end.
     pub clean: Opening,
+    /// Blocks changed in the log that was filled, and leaves of the map that they are in.
+    pub logged: (u64, u64),
+    /// Opening after a kill with a full log.
+    pub full: Opening,
+    /// Bytes resident after that, and at most.
+    pub full_memory: (u64, u64),
     /// Bytes that the volume's file takes.
     pub backing: u64,
 }
@@ -262,6 +271,16 @@ impl Bench<'_> {
         let (server, client, clean) = self.start()?;
         drop(client);
         drop(server);
+        let cache = parse_size(&self.options.cache).context("--cache")?;
+        let mut leaves = HashSet::new();
+        let all = (0..count).map(|index| scatter.offset(index) / LEAF);
+        let each_once = all.filter(|leaf| leaves.insert(*leaf));
+        let key = self.home.join("key");
+        let logged = fill_log(&self.volume(), &key, cache, each_once)?;
+        let (server, client, full) = self.start()?;
+        let full_memory = figures(server.memory()?);
+        drop(client);
+        drop(server);
         let backing = allocated(&self.volume())?;
         Ok(Report {
             size_gib: self.options.size,
@@ -276,6 +295,9 @@ impl Bench<'_> {
             killed,
             killed_memory,
             clean,
+            logged: (logged.writes, logged.leaves),
+            full,
+            full_memory,
             backing,
         })
     }
@@ -347,6 +369,11 @@ fn markdown(report: &Report) -> String {
             Some(report.killed_memory),
         ),
         ("after a clean end", report.clean, None),
+        (
+            "after a kill with a full log",
+            report.full,
+            Some(report.full_memory),
+        ),
     ] {
         let (resident, peak) = memory
             .map_or(("–".to_owned(), "–".to_owned()), |(now, peak)| {
@@ -358,14 +385,16 @@ fn markdown(report: &Report) -> String {
             opening.listening_ms, opening.first_read_ms
         );
     }
-    out.push('\n');
+    let (writes, leaves) = report.logged;
+    let _ = writeln!(
+        out,
+        "\nThe full log holds {writes} changed blocks in {leaves} leaves of the map."
+    );
     out
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
-
     use super::*;
 
     #[test]
@@ -416,6 +445,9 @@ mod tests {
             killed: opening,
             killed_memory: (1 << 20, 2 << 20),
             clean: opening,
+            logged: (1 << 20, 1 << 12),
+            full: opening,
+            full_memory: (1 << 20, 2 << 20),
             backing: 1 << 30,
         };
         let text = markdown(&report);
