@@ -152,14 +152,23 @@ impl Geometry {
         self.chunks.saturating_sub(self.log_chunks)
     }
 
-    /// The percentage of spare room that the volume was made with, or the nearest to it.
+    /// The percentage of spare room that the volume was made with. The header does not have it, and on a
+    /// volume of less than 100 MiB several come to the same number of chunks: then it is the usual one
+    /// if that is among them, else the highest.
     fn spare(&self) -> u64 {
         let gives = |spare| Self::with_spare(self.volume_len(), spare).map_or(0, |g| g.body());
         if gives(SPARE_PERCENT) == self.body() {
             return SPARE_PERCENT;
         }
-        let enough = (0..SPARE_MAX).find(|spare| gives(*spare) >= self.body());
-        enough.unwrap_or(SPARE_MAX)
+        let (mut low, mut high) = (0, SPARE_MAX);
+        while low < high {
+            let middle = low + (high - low).div_ceil(2);
+            (low, high) = match gives(middle) <= self.body() {
+                true => (middle, high),
+                false => (low, middle - 1),
+            };
+        }
+        low
     }
 
     /// The layout once the volume has grown to `len` bytes, with as much spare room in proportion. The
@@ -339,6 +348,31 @@ mod tests {
         let roomy = Geometry::with_spare(1 << 30, 50).expect("size");
         let grown = roomy.grown(10 << 30).expect("grows");
         assert!(grown.chunks >= 15 << 10, "it keeps its spare room");
+    }
+
+    #[test]
+    fn a_volume_that_grows_keeps_its_spare_room_however_small_it_was() {
+        for spare in [3, 4, 10, 24, 25, 26, 50, 99, 100, 101, 399, 400] {
+            for len in [1 << 20, 5 << 20, 24 << 20, 333 << 20, 1 << 30, 1 << 40] {
+                let small = Geometry::with_spare(len, spare).expect("size");
+                let usual = Geometry::with_spare(len, SPARE_PERCENT).expect("size");
+                let told = if small == usual { SPARE_PERCENT } else { spare };
+                for large in [len, len + (1 << 20), len * 3, len * 100] {
+                    let Ok(asked) = Geometry::with_spare(large, told) else {
+                        continue;
+                    };
+                    if asked.check().is_err() {
+                        continue;
+                    }
+                    let (is, least) = (small.grown(large).expect("grows").body(), asked.body());
+                    assert!(is >= least, "{spare} % of {len} grown to {large}: {is}");
+                    // Once it is large enough to tell the percentages apart.
+                    if len >= 1 << 30 {
+                        assert_eq!(is, least, "{spare} % of {len} grown to {large}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]
