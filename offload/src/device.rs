@@ -166,6 +166,11 @@ pub trait QueueHandler {
         let _ = io;
     }
 
+    /// The thread ends at once: its io_uring failed, or a call of the handler panicked. Nothing else of
+    /// the handler is called afterwards, and it is not dropped, since the kernel may still have
+    /// its buffers. Whoever else waits for what it was doing must be told now.
+    fn abandoned(&mut self) {}
+
     /// Whether the chains of `queue` are taken with [`QueueIo::pop`] as they are needed, not handed
     /// to [`Self::request`] as they come. Asked once.
     fn is_pulled(&self, queue: u16) -> bool {

@@ -33,7 +33,8 @@
 //! A stopped queue pops no more, but runs on until the handler holds no chain; only then it
 //! answers with its next available index; a handler that throttles is told to stop doing so. When the thread ends it also waits for every
 //! operation in the kernel. A handler that panics, or an io_uring that fails, ends the thread at
-//! once; what the kernel may still write to is then leaked rather than freed.
+//! once; what the kernel may still write to is then leaked rather than freed, and the handler is told
+//! ([`crate::device::QueueHandler::abandoned`]), so that nobody waits for it.
 //!
 //! # Several queues on one thread
 //! A device whose queues share state (a network card's receive and transmit queue) names a leader

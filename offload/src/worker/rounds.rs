@@ -2,6 +2,7 @@
 
 use std::io;
 use std::mem::{ManuallyDrop, MaybeUninit};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
@@ -78,6 +79,18 @@ impl<H: QueueHandler> Rounds<H> {
 
     /// Runs until the thread is to end and nothing is in the kernel any more.
     pub(super) fn run(mut self) -> io::Result<()> {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.go_round()));
+        if let Ok(Ok(())) = outcome {
+            // SAFETY: dropped once, here; `self.parts` is not touched afterwards, and `Rounds`
+            // has no Drop. The kernel has nothing of it any more.
+            unsafe { ManuallyDrop::drop(&mut self.parts) };
+            return Ok(());
+        }
+        self.parts.handler.abandoned();
+        outcome.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    fn go_round(&mut self) -> io::Result<()> {
         self.arm_doorbell();
         loop {
             if self.take_completions()? {
@@ -104,9 +117,6 @@ impl<H: QueueHandler> Rounds<H> {
                 self.finish_stop(slot);
             }
             if self.finish_exit() {
-                // SAFETY: dropped once, here; `self.parts` is not touched afterwards, and `Rounds`
-                // has no Drop. The kernel has nothing of it any more.
-                unsafe { ManuallyDrop::drop(&mut self.parts) };
                 return Ok(());
             }
             self.rest(has_more)?;

@@ -410,6 +410,10 @@ impl QueueHandler for BlockQueue {
         }
     }
 
+    fn abandoned(&mut self) {
+        self.lane.abandon();
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.gate.deadline()
     }

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use super::geometry::{BLOCK_LEN, Slot};
 use super::read_many::{Each, in_order, in_parallel};
+use super::write_many::{Make, write_in_parallel};
 
 /// Blocking access to a backing. Offsets, lengths and buffers are multiples of 4 KiB, buffers
 /// aligned to it.
@@ -39,6 +40,19 @@ pub trait Backing: Send + Sync {
     /// # Errors
     /// The backing fails.
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()>;
+    /// Writes all that `make` gives, in any order. When this returns all of it has completed.
+    ///
+    /// # Errors
+    /// One of the writes failed; what became of the others is not told.
+    fn write_many(&self, make: Make<'_>) -> io::Result<()> {
+        let mut outcome = Ok(());
+        make(&mut |offset, buffer| {
+            if outcome.is_ok() {
+                outcome = self.write_at(offset, &buffer);
+            }
+        });
+        outcome
+    }
     /// Makes completed writes durable.
     ///
     /// # Errors
@@ -452,6 +466,10 @@ impl Backing for FileBacking {
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         debug_assert!(from.len().is_multiple_of(BLOCK_LEN));
         self.file.write_all_at(from, offset)
+    }
+
+    fn write_many(&self, make: Make<'_>) -> io::Result<()> {
+        write_in_parallel(&self.file, make)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -5,7 +5,7 @@
 //! | [`geometry`] | sizes, blocks, slots, chunks |
 //! | [`superblock`], [`page`], [`log`], [`ring`], [`entry`] | the stored formats, pure |
 //! | [`map`], [`tree`], `space`, `ranges` | map, space tree, allocator, write ranges, in memory |
-//! | [`page_reader`], `read_many` | parallel reads of pages and slots |
+//! | [`page_reader`], `read_many`, `write_many` | parallel reads of pages and slots, and writes |
 //! | [`recover`] | from a backing to an open volume |
 //! | [`repair`] | an opened volume with damage to a sound one |
 //! | [`engine`] | the running volume: a state machine without I/O |
@@ -34,6 +34,7 @@ mod slot_reader;
 mod space;
 pub mod superblock;
 pub mod tree;
+mod write_many;
 
 #[cfg(test)]
 mod format_tests;

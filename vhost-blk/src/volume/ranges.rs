@@ -11,6 +11,8 @@
 
 use std::collections::VecDeque;
 
+use super::mutant::{self, Mutant};
+
 /// Who waits: opaque to this module.
 pub type Ticket = (u16, u32);
 
@@ -51,6 +53,7 @@ impl Ranges {
         count: u64,
         is_exclusive: bool,
     ) -> Option<Held> {
+        let is_exclusive = is_exclusive && !mutant::is(Mutant::SharedRanges);
         let range = Range {
             first,
             end: first + count,
@@ -79,6 +82,16 @@ impl Ranges {
     pub fn release(&mut self, held: Held, granted: &mut dyn FnMut(Ticket, Held)) {
         let range = self.held.remove(held.0);
         self.exclusive -= usize::from(range.is_exclusive);
+        self.serve(granted);
+    }
+
+    /// Takes back what those with tickets of `owner` wait for; `granted` is told who may go on.
+    pub fn forget(&mut self, owner: u16, granted: &mut dyn FnMut(Ticket, Held)) {
+        self.waiting.retain(|((waiting, _), _)| *waiting != owner);
+        self.serve(granted);
+    }
+
+    fn serve(&mut self, granted: &mut dyn FnMut(Ticket, Held)) {
         let mut index = 0;
         while index < self.waiting.len() {
             let (ticket, range) = self.waiting[index];
@@ -129,5 +142,20 @@ mod tests {
         assert_eq!(ticket, (0, 2));
         ranges.release(held, &mut |ticket, held| got.push((ticket, held)));
         assert_eq!(got.pop().expect("one").0, (0, 3));
+    }
+
+    #[test]
+    fn who_is_gone_keeps_nobody_waiting() {
+        let mut ranges = Ranges::default();
+        let held = ranges.acquire((0, 1), 5, 1, true).expect("free");
+        assert_eq!(ranges.acquire((7, 2), 5, 2, true), None);
+        assert_eq!(ranges.acquire((0, 3), 6, 1, false), None);
+        let mut got = Vec::new();
+        ranges.forget(7, &mut |ticket, held| got.push((ticket, held)));
+        assert_eq!(got.len(), 1);
+        assert_eq!(got.pop().expect("one").0, (0, 3));
+        ranges.release(held, &mut |ticket, _| {
+            panic!("{ticket:?} waits for nothing")
+        });
     }
 }

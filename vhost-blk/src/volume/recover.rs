@@ -35,7 +35,7 @@ use std::sync::Arc;
 use crypto::aead::Engine;
 use crypto::keys::{Dek, Secret32};
 use crypto::session::Session;
-use crypto::slot::SlotError;
+use crypto::slot::{SLOT_LEN, SlotError};
 use crypto::source::KeyMaterial;
 use thiserror::Error;
 use zeroize::Zeroizing;
@@ -55,7 +55,7 @@ use super::sealing::Keyring;
 use super::slot_reader::SlotReader;
 use super::space::Space;
 use super::superblock::{
-    COPIES, COPY_LEN, Superblock, SuperblockError, VolumeId, session_context, volume_context,
+    COPIES, COPY_LEN, Superblock, SuperblockError, session_context, volume_context,
 };
 use super::tree::Tree;
 
@@ -84,6 +84,12 @@ pub enum RecoverError {
         "both copies of the volume's header are damaged (first: {0}; second: {1}): restore from a backup"
     )]
     BothDamaged(SuperblockError, SuperblockError),
+    /// The key opens only the copy that does not count.
+    #[error(
+        "this key opens only the older copy of the volume's header: the newer one, which counts, has other key \
+         slots; give the key that opens those"
+    )]
+    OtherKeySlots,
     /// A session of the key table does not unwrap.
     #[error("session {0} of the key table does not unwrap: the volume's header is damaged")]
     Session(u16),
@@ -159,6 +165,8 @@ pub struct Recovered {
     pub dropped: bool,
     /// Deltas that could not be applied since their leaf is damaged.
     pub lost_deltas: u64,
+    /// Bytes of memory that the map of a volume of so many blocks has to have, should it grow.
+    pub(super) cache_for: fn(u64) -> u64,
 }
 
 /// What opens a volume.
@@ -182,15 +190,18 @@ impl<'a> From<&'a Dek> for Unlock<'a> {
     }
 }
 
-/// The volume key of the first key slot that opens.
-fn volume_key(copies: &[Vec<u8>; 2], unlock: Unlock<'_>) -> Result<(Dek, VolumeId), RecoverError> {
+/// The volume key of the first key slot that opens, and that slot.
+fn volume_key(
+    copies: &[Vec<u8>; 2],
+    unlock: Unlock<'_>,
+) -> Result<(Dek, Option<[u8; SLOT_LEN]>), RecoverError> {
     let material = match unlock {
         Unlock::Material(material) => material,
         Unlock::Key(key) => {
             let first = copies.iter().find_map(|copy| Superblock::peek(copy).ok());
-            let (id, _) = first.ok_or(RecoverError::Foreign)?;
+            first.ok_or(RecoverError::Foreign)?;
             let secret = Secret32::take(&mut Zeroizing::new(*key.secret().expose()));
-            return Ok((Dek::from_secret(secret), id));
+            return Ok((Dek::from_secret(secret), None));
         }
     };
     let mut error = RecoverError::Foreign;
@@ -205,7 +216,7 @@ fn volume_key(copies: &[Vec<u8>; 2], unlock: Unlock<'_>) -> Result<(Dek, VolumeI
         };
         for slot in &slots {
             match crypto::slot::open(slot, material, &volume_context(&id)) {
-                Ok(dek) => return Ok((dek, id)),
+                Ok(dek) => return Ok((dek, Some(*slot))),
                 Err(SlotError::Empty) => {}
                 Err(refused) => {
                     if !matches!(error, RecoverError::Key(_)) {
@@ -257,14 +268,19 @@ pub fn recover_with<'a>(
     unlock: impl Into<Unlock<'a>>,
     cache: Option<u64>,
 ) -> Result<Recovered, RecoverError> {
-    open(backing, unlock.into(), &|geometry| {
+    let mut recovered = open(backing, unlock.into(), &|geometry| {
         let least = smallest_budget(geometry.blocks);
         match cache {
             Some(given) if given < least => Err(RecoverError::CacheTooSmall { given, least }),
             Some(given) => Ok(given),
             None => Ok(default_budget(geometry.blocks)),
         }
-    })
+    })?;
+    recovered.cache_for = match cache {
+        Some(_) => smallest_budget,
+        None => default_budget,
+    };
+    Ok(recovered)
 }
 
 /// As [`recover_with`], however little memory it is.
@@ -289,8 +305,8 @@ fn open(
         return Err(RecoverError::TooShort(backing.len()));
     }
     let (images, unreadable) = read_copies(backing)?;
-    let dek = match volume_key(&images, unlock) {
-        Ok((dek, _)) => dek,
+    let (dek, opened_by) = match volume_key(&images, unlock) {
+        Ok(found) => found,
         Err(error) => return Err(unreadable.map_or(error, RecoverError::Io)),
     };
     let opened = images.each_ref().map(|image| Superblock::open(image, &dek));
@@ -314,6 +330,10 @@ fn open(
             return Err(unreadable.map_or(RecoverError::BothDamaged(a, b), RecoverError::Io));
         }
     };
+    // The first checkpoint writes these slots to both copies.
+    if opened_by.is_some_and(|slot| !superblock.key_slots.contains(&slot)) {
+        return Err(RecoverError::OtherKeySlots);
+    }
     let need = superblock.geometry.backing_len();
     if backing.len() < need {
         return Err(RecoverError::Truncated {
@@ -375,6 +395,7 @@ fn open(
         replayed: 0,
         dropped: false,
         lost_deltas: 0,
+        cache_for: |_| 0,
     };
     if !recovered.superblock.clean {
         recovered.replay(backing)?;
@@ -507,11 +528,12 @@ impl Recovered {
         }
         for delta in deltas.drain(..) {
             let leaf = delta.block.0 / FANOUT;
-            if delta.block.0 >= geometry.blocks || self.map.leaf(leaf).is_err() {
+            let is_known = delta.block.0 < geometry.blocks && self.map.leaf(leaf).is_ok();
+            let page = is_known.then(|| self.map.leaf_mut(leaf)).flatten();
+            let Some(page) = page else {
                 self.lost_deltas += 1;
                 continue;
-            }
-            let page = self.map.leaf_mut(leaf);
+            };
             let old = page.entry(delta.block.0);
             page.set_entry(delta.block.0, delta.entry);
             for (entry, change) in [(old, -1), (delta.entry, 1)] {

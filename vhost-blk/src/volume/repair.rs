@@ -137,8 +137,10 @@ impl Recovered {
                 Ok(page) => page.entry(*block),
                 Err(_) => continue,
             };
-            if !old.is_hole() {
-                self.map.leaf_mut(leaf).set_entry(*block, Entry::HOLE);
+            if !old.is_hole()
+                && let Some(page) = self.map.leaf_mut(leaf)
+            {
+                page.set_entry(*block, Entry::HOLE);
                 count(&mut self.live, &old, -1);
                 is_change = true;
             }

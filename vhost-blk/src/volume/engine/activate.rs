@@ -6,10 +6,12 @@
 //!    written: the slots that it gives up are those of the pages that the older copy names, which is
 //!    what counts should the power go before the newer one is durable.
 //! 3. A new random session key, wrapped into the key table.
-//! 4. Everything that differs from the pages on disk is checkpointed under the new session; its
+//! 4. Leaves that the log changes and that did not authenticate are condemned: with the log gone, an
+//!    old version that somebody puts back must not be taken for the newest.
+//! 5. Everything that differs from the pages on disk is checkpointed under the new session; its
 //!    superblock makes ring, log and session durable at one instant. A kill before it leaves the
 //!    old state and the ring as they were.
-//! 5. The ring is bound to the new session, empty.
+//! 6. The ring is bound to the new session, empty.
 //!
 //! Each activation has its own session, also after a kill: continuing the old one would need a
 //! trustworthy record of the last nonce used, and the frontend's memory is none.
@@ -75,6 +77,12 @@ pub enum AttachError {
         "the key table is full ({TABLE_MAX} sessions are in use): export the volume and import it into a new one"
     )]
     TableFull,
+    /// Another header would not be one.
+    #[error(
+        "the header's counters are at their end, which no use of the volume brings about: export it and \
+         import it into a new one"
+    )]
+    CountersUsedUp,
     /// Pages of the map are damaged in a way that leaves free space unknown.
     #[error(
         "damaged pages of both trees leave it unknown which slots are free; serve with --read-only and export"
@@ -93,6 +101,10 @@ pub enum AttachError {
     #[error("the volume has failed earlier and takes no more writes; restart the card")]
     Failed,
 }
+
+/// Generations and batches that an activation must have before it: more than a volume sees in
+/// its life.
+const COUNTER_ROOM: u64 = 1 << 48;
 
 impl Core {
     /// Makes the volume writable, or binds another ring to a volume that already is. Blocking.
@@ -143,9 +155,13 @@ impl Core {
         if self.is_unreadable {
             return Err(AttachError::Unreadable);
         }
+        if self.superblock.generation.max(self.applied.batch) > COUNTER_MAX - COUNTER_ROOM {
+            return Err(AttachError::CountersUsedUp);
+        }
         if !mutant::is(Mutant::NoFirstBarrier) {
             backing.sync()?;
         }
+        self.map.condemn();
         self.find_page_slots();
         self.draw_session()?;
         #[cfg(test)]
@@ -239,7 +255,11 @@ impl Core {
         self.verify_ring(backing, &winners)?;
         for (block, entry) in winners {
             self.space.mark(entry.slot());
-            let page = self.map.leaf_mut(block / FANOUT);
+            let Some(page) = self.map.leaf_mut(block / FANOUT) else {
+                // It was here a moment ago.
+                self.poison();
+                return Err(AttachError::Failed);
+            };
             let old = page.entry(block);
             page.set_entry(block, entry);
             if !old.is_hole() {
@@ -384,12 +404,13 @@ impl Core {
         is_clean: bool,
         sequence: &mut dyn FnMut() -> u64,
     ) -> Result<(), AttachError> {
-        let pages = self
-            .begin_checkpoint(is_clean, sequence)
-            .ok_or(AttachError::Full)?;
-        for write in pages {
-            backing.write_at(write.offset, &write.buffer)?;
-        }
+        let mut begun = None;
+        backing.write_many(&mut |write| {
+            begun = self.place_checkpoint(is_clean, sequence, &mut |page| {
+                write(page.offset, page.buffer);
+            });
+        })?;
+        begun.ok_or(AttachError::Full)?;
         if !mutant::is(Mutant::NoPageBarrier) {
             backing.sync()?;
         }

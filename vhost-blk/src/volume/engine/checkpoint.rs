@@ -28,14 +28,13 @@ pub(super) struct Checkpoint {
 }
 
 /// Gathers sealed pages into writes of consecutive slots.
-#[derive(Default)]
-struct PageWrites {
-    done: Vec<JobWrite>,
+struct PageWrites<'s> {
+    sink: &'s mut dyn FnMut(JobWrite),
     slots: Vec<Slot>,
     bytes: Vec<u8>,
 }
 
-impl PageWrites {
+impl PageWrites<'_> {
     fn push(&mut self, slot: Slot, seal: impl FnOnce(&mut [u8])) {
         let follows = self.slots.last().is_some_and(|last| last.0 + 1 == slot.0);
         if !follows || self.slots.len() == Pool::MAX_BLOCKS {
@@ -50,7 +49,7 @@ impl PageWrites {
     fn cut(&mut self) {
         if let Some(first) = self.slots.first() {
             let buffer = Buffer::copy_of(&self.bytes);
-            self.done.push(JobWrite {
+            (self.sink)(JobWrite {
                 offset: first.offset(),
                 buffer,
             });
@@ -67,6 +66,18 @@ impl Core {
         is_clean: bool,
         sequence: &mut dyn FnMut() -> u64,
     ) -> Option<Vec<JobWrite>> {
+        let mut writes = Vec::new();
+        self.place_checkpoint(is_clean, sequence, &mut |write| writes.push(write))?;
+        Some(writes)
+    }
+
+    /// As [`Core::begin_checkpoint`]; `sink` is given each write as soon as it is made.
+    pub(super) fn place_checkpoint(
+        &mut self,
+        is_clean: bool,
+        sequence: &mut dyn FnMut() -> u64,
+        sink: &mut dyn FnMut(JobWrite),
+    ) -> Option<()> {
         let (session_id, session) = self.session.clone()?;
         if self.space.page_slots() < self.page_slots_taken() {
             return None;
@@ -80,7 +91,11 @@ impl Core {
                 .chain(self.space_tree.page_entries());
             pages.for_each(|entry| self.space.give_page_slot(entry.slot()));
         }
-        let mut writes = PageWrites::default();
+        let mut writes = PageWrites {
+            sink,
+            slots: Vec::new(),
+            bytes: Vec::new(),
+        };
         let mut replaced: Vec<Entry> = Vec::new();
         let mut placed = 0i64;
         let Self {
@@ -108,6 +123,11 @@ impl Core {
         let map_root = map.snapshot(&mut place, &mut replaced);
         let space_root = space_tree.snapshot(&mut place, &mut replaced);
         writes.cut();
+        let Some(map_root) = map_root else {
+            tracing::error!("what is above a changed page of the map is not in memory");
+            self.poison();
+            return None;
+        };
         *self.live.entry(session_id).or_default() += placed;
         for old in &replaced {
             self.count_live(old, &Entry::HOLE);
@@ -145,14 +165,17 @@ impl Core {
         };
         // Leaves that were touched before may be touched anew.
         self.feed_starved();
-        let log_blocks = self.log_used;
+        let mut log_blocks = self.log_used;
+        if mutant::is(Mutant::EarlyLogFree) {
+            self.log_used -= std::mem::take(&mut log_blocks);
+        }
         self.checkpoint = Some(Checkpoint {
             superblock,
             replaced,
             log_blocks,
             image: Vec::new(),
         });
-        Some(writes.done)
+        Some(())
     }
 
     /// The pages are durable: the superblock to write.

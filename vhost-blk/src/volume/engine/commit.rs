@@ -131,8 +131,12 @@ impl Core {
         };
         let (mut freed, mut discarded) = (Vec::new(), Vec::new());
         let mut written = Vec::with_capacity(commit.deltas.len());
+        let mut unplaced = Deltas::default();
         for delta in &commit.deltas {
-            let page = self.map.leaf_mut(delta.block.0 / FANOUT);
+            let Some(page) = self.map.leaf_mut(delta.block.0 / FANOUT) else {
+                unplaced.insert(delta.block.0, delta.entry);
+                continue;
+            };
             let old = page.entry(delta.block.0);
             page.set_entry(delta.block.0, delta.entry);
             if !old.is_hole() {
@@ -154,7 +158,9 @@ impl Core {
             self.count_live(&old, &delta.entry);
         }
         self.scattered.note(written.into_iter());
-        self.sealed = Deltas::default();
+        // Still what these blocks read as.
+        let is_broken = !unplaced.is_empty();
+        self.sealed = unplaced;
         self.applied = commit.end;
         self.log_used += commit.blocks;
         if let (Some(ring), Some(mark)) = (&mut self.ring, commit.ring) {
@@ -167,6 +173,12 @@ impl Core {
         self.backing_full = false;
         for (lane, task) in commit.waiters {
             self.tell(lane, Event::Committed(task, Ok(())));
+        }
+        if is_broken {
+            // A leaf that an admitted write had touched is not here: a fault of ours. What was committed
+            // is in the log, which must stay as it is, so no checkpoint may come any more.
+            tracing::error!("a page of the map that a commit needs is not in memory");
+            self.poison();
         }
         self.feed_starved();
     }

@@ -144,6 +144,8 @@ pub struct Core {
     pub(super) is_space_known: bool,
     /// Pages that a writer must know could not be read.
     pub(super) is_unreadable: bool,
+    /// Bytes of memory that the map of a volume of so many blocks has to have.
+    pub(super) cache_for: fn(u64) -> u64,
 }
 
 /// Page slots that are got before they are needed.
@@ -172,6 +174,7 @@ impl Core {
             is_space_known,
             end,
             log_used,
+            cache_for,
             ..
         } = recovered;
         let geometry = superblock.geometry;
@@ -220,6 +223,7 @@ impl Core {
             page_chunks,
             is_space_known,
             is_unreadable,
+            cache_for,
             superblock,
         }
     }

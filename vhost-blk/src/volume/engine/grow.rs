@@ -10,7 +10,8 @@
 //! says more than the backing has, is what a truncated volume looks like, and is refused.
 //!
 //! The map has its full height always and the log stays as it is, so growing moves nothing and costs
-//! one checkpoint.
+//! one checkpoint. The memory for the map grows to what a volume of the new size gets by default, or, if it
+//! was given, to the least that the new size can be served with.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -56,6 +57,7 @@ impl Core {
         if self.geometry != geometry {
             self.geometry = geometry;
             self.space.grow(geometry);
+            self.map.allow((self.cache_for)(geometry.blocks));
             let len = geometry.volume_len();
             self.volume_len.store(len, Ordering::Relaxed);
         }

@@ -112,6 +112,12 @@ impl Shared {
         self.lock().is_poisoned
     }
 
+    /// Pages of the map that may be in memory.
+    #[cfg(test)]
+    pub(crate) fn cache_pages(&self) -> u64 {
+        self.lock().map.budget() as u64
+    }
+
     pub(super) fn damaged(&self, block: u64) {
         Stats::add(&self.stats.not_authentic, 1);
         self.reporter.not_authentic(block);

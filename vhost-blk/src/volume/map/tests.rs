@@ -56,7 +56,8 @@ impl Rig {
     fn write(&mut self, block: u64, entry: Entry) {
         self.load(block / FANOUT);
         self.map.touch(block / FANOUT);
-        self.map.leaf_mut(block / FANOUT).set_entry(block, entry);
+        let leaf = self.map.leaf_mut(block / FANOUT);
+        leaf.expect("loaded").set_entry(block, entry);
         self.model.insert(block, entry);
     }
 
@@ -66,7 +67,7 @@ impl Rig {
         }
         self.map.retouch(std::iter::empty());
         let (store, next) = (&mut self.store, &mut self.next);
-        self.map.snapshot(
+        let root = self.map.snapshot(
             &mut |place, page| {
                 *next += 1;
                 store.insert(*next, (place, page.0.to_vec()));
@@ -74,6 +75,7 @@ impl Rig {
             },
             &mut self.replaced,
         );
+        assert!(root.is_some(), "a gap above a changed page");
         self.is_writing = true;
     }
 
@@ -260,4 +262,27 @@ fn budgets_fit_the_volume() {
     let map = MapTree::new(Entry::HOLE, default_budget(blocks(8)));
     assert_eq!(map.touch_limit(blocks(8)), usize::MAX);
     assert!(map.touch_limit(blocks(1024)) < map.budget() / 2);
+}
+
+#[test]
+fn a_leaf_that_is_stored_and_not_here_cannot_be_changed() {
+    let mut rig = Rig::new(8);
+    for leaf in 0..40 {
+        rig.write(leaf * 19 * FANOUT, entry(leaf + 1));
+    }
+    rig.begin();
+    rig.finish();
+    let here = |map: &MapTree, leaf: u64| map.index.contains_key(&key(0, leaf));
+    let gone = (0..40).map(|leaf| leaf * 19);
+    let gone: Vec<u64> = gone.filter(|leaf| !here(&rig.map, *leaf)).collect();
+    assert!(gone.len() > 20);
+    let before = rig.map.dirty_leaves();
+    for leaf in gone {
+        assert!(rig.map.leaf_mut(leaf).is_none(), "{leaf}");
+    }
+    assert_eq!(rig.map.dirty_leaves(), before);
+    rig.check();
+    for leaf in 0..40 {
+        rig.read(leaf * 19 * FANOUT);
+    }
 }

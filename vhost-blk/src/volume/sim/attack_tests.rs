@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crypto::slot::Argon2Params;
+use crypto::slot::{Argon2Params, SLOT_LEN};
 use crypto::source::KeyMaterial;
 
 use super::disk::SimDisk;
@@ -21,7 +21,7 @@ use crate::volume::geometry::{BLOCK_LEN, CHUNK_LEN};
 use crate::volume::page::{PagePlace, TreeKind};
 use crate::volume::recover::{RecoverError, Recovered, recover};
 use crate::volume::ring::{self, RingError, RingMemory};
-use crate::volume::superblock::COPIES;
+use crate::volume::superblock::{COPIES, COUNTER_MAX, KEY_SLOTS, Superblock};
 
 #[derive(Clone)]
 struct Bytes(Rc<RefCell<Vec<u8>>>);
@@ -567,4 +567,114 @@ fn changes_in_the_log_of_a_leaf_that_is_lost_do_not_come_back_as_older_ones() {
     bench.disk.flip(leaf + 17, 0);
     assert_eq!(running.read(1), Err(Failure::NotAuthentic));
     assert_eq!(running.read(200), Ok(33));
+}
+
+/// A volume that was killed with a change of block 1 in its log only, and the page above the leaves, or the
+/// leaf, that the change belongs to: where it is stored and what it holds.
+fn killed_with_a_change(level: usize) -> (Bench, u64, Vec<u8>) {
+    let bench = Bench::new();
+    bench.write(&[(1, 11), (2, 22), (200, 33)]);
+    let mut running = bench.serve();
+    running.write(1, 12).expect("writes");
+    running.request(Op::Flush, Vec::new()).expect("flushes");
+    drop(running);
+    bench.disk.sync().expect("syncs");
+    let recovered = recover(&*bench.disk, &material()).expect("opens");
+    let place = PagePlace {
+        tree: TreeKind::Map,
+        level,
+        index: 0,
+    };
+    let entry = recovered.map.stored_as(place).expect("its parent is here");
+    let at = entry.slot().offset();
+    let page = bench.sheet(at);
+    (bench, at, page)
+}
+
+/// The log is gone after the next activation. Who breaks the leaf for as long as that takes, and puts it
+/// back then, must not get the block back as it was before the change.
+#[test]
+fn a_page_put_back_after_its_changes_in_the_log_were_dropped_shows_nothing_old() {
+    for level in 0..5 {
+        let (bench, at, page) = killed_with_a_change(level);
+        bench.disk.flip(at + 17, 0);
+        let mut running = bench.serve();
+        assert_eq!(running.read(1), Err(Failure::NotAuthentic), "level {level}");
+        bench.put(at, &page);
+        assert_eq!(running.read(1), Err(Failure::NotAuthentic), "level {level}");
+        running.volume.close().expect("closes");
+        for opening in 0..3 {
+            bench.put(at, &page);
+            let mut running = bench.serve();
+            let read = running.read(1);
+            assert_eq!(read, Err(Failure::NotAuthentic), "level {level}, {opening}");
+            assert_eq!(running.read(2), Err(Failure::NotAuthentic));
+            assert_eq!(running.write(1, 13), Err(Failure::NotAuthentic));
+            running.volume.close().expect("closes");
+        }
+    }
+}
+
+#[test]
+fn an_activation_that_is_tried_again_condemns_the_same_pages() {
+    let (bench, at, page) = killed_with_a_change(0);
+    bench.disk.flip(at + 17, 0);
+    let mut recovered = recover(&*bench.disk, &material()).expect("opens");
+    recovered.map.condemn();
+    let backing: Arc<dyn Backing> = bench.disk.clone();
+    let volume = Volume::new(recovered, backing, Box::new(Quiet));
+    volume.attach(None).expect("attaches");
+    volume.close().expect("closes");
+    bench.put(at, &page);
+    assert_eq!(bench.read(1), Err(Failure::NotAuthentic));
+    assert_eq!(bench.read(200), Ok(33));
+}
+
+/// Seals a header anew, as only somebody with the volume's key can.
+fn reseal(bench: &Bench, copies: &[u64], change: impl FnOnce(&mut Superblock)) {
+    let recovered = recover(&*bench.disk, &material()).expect("opens");
+    let mut superblock = recovered.superblock.clone();
+    change(&mut superblock);
+    superblock.sequence += 1 << 40;
+    let session = recovered.keyring.get(superblock.session).expect("known");
+    let image = superblock.seal(session);
+    for copy in copies {
+        bench.put(*copy, &image);
+    }
+}
+
+#[test]
+fn a_header_whose_key_slots_are_others_is_not_made_the_only_one() {
+    let bench = Bench::new();
+    bench.write(&[(1, 11)]);
+    let generation = recover(&*bench.disk, &material())
+        .expect("opens")
+        .superblock
+        .generation;
+    let copy = COPIES[(generation % 2) as usize];
+    reseal(&bench, &[copy], |superblock| {
+        superblock.generation += 1;
+        superblock.key_slots = [[0; SLOT_LEN]; KEY_SLOTS];
+        superblock.key_slots[0] = [7; SLOT_LEN];
+    });
+    let error = bench.open().err().expect("refused");
+    assert!(matches!(error, RecoverError::OtherKeySlots), "{error}");
+}
+
+#[test]
+fn a_header_that_cannot_be_counted_on_from_is_not_written_to() {
+    let bench = Bench::new();
+    bench.write(&[(1, 11)]);
+    reseal(&bench, &COPIES, |superblock| {
+        superblock.generation = COUNTER_MAX
+    });
+    let mut running = bench.open().expect("opens");
+    let refused = running.volume.attach(None);
+    assert!(
+        matches!(refused, Err(AttachError::CountersUsedUp)),
+        "{refused:?}"
+    );
+    assert_eq!(running.read(1), Ok(11));
+    drop(running);
+    assert_eq!(bench.read(1), Ok(11), "and it can be opened again");
 }

@@ -27,7 +27,7 @@ fn is_log(log: &std::ops::Range<u64>, kind: &IoKind) -> bool {
     matches!(kind, IoKind::Write { offset, .. } if log.contains(offset))
 }
 
-fn is_superblock(kind: &IoKind) -> bool {
+pub(super) fn is_superblock(kind: &IoKind) -> bool {
     matches!(kind, IoKind::Write { offset, .. } if COPIES.contains(offset))
 }
 
@@ -262,7 +262,7 @@ fn a_checkpoint_has_room_for_bitmaps_far_apart() {
     for block in 0..300 {
         let slot = Slot((block + 1) * FANOUT * CHUNK_SLOTS);
         let entry = Entry::new(slot, 1, 100 + block, [1; 16]);
-        let page = recovered.map.leaf_mut(block / FANOUT);
+        let page = recovered.map.leaf_mut(block / FANOUT).expect("known");
         page.set_entry(block, entry);
         recovered.space.set_used(slot, true);
     }

@@ -13,9 +13,11 @@ mod plan;
 mod rig;
 mod world;
 
+mod abandoned_tests;
 mod attack_tests;
 mod crash_tests;
 mod fault_tests;
+mod order_tests;
 mod space_tests;
 
 use std::cell::RefCell;

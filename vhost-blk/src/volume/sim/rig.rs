@@ -152,6 +152,24 @@ impl Rig {
         self.lanes[lane].on_io(io.id, moved, io.kind.into_buffer());
     }
 
+    /// Does a turn of one lane, and one of its operations that `may` says can end. Whether there was one.
+    pub(super) fn step(&mut self, lane: usize, may: impl Fn(&Self, &IoKind) -> bool) -> bool {
+        self.lanes[lane].on_wake();
+        self.lanes[lane].turn();
+        while let Some(io) = self.lanes[lane].next_io() {
+            self.held.push((lane, io));
+        }
+        while let Some(Done { result, .. }) = self.lanes[lane].next_done() {
+            self.done.push(result);
+        }
+        let is_next = |(of, io): &(usize, Io)| *of == lane && may(self, &io.kind);
+        let next = self.held.iter().position(is_next);
+        if let Some(index) = next {
+            self.land(index, None);
+        }
+        next.is_some()
+    }
+
     /// Goes on until nothing moves that `holds` does not hold back.
     pub(super) fn run(&mut self, holds: impl Fn(&IoKind) -> bool) {
         for _ in 0..100_000 {

@@ -1,9 +1,14 @@
 //! Where writes go: how they are gathered and what is moved afterwards.
 
+use std::sync::Arc;
+
 use super::rig::{Rig, volume_on};
-use super::world::small_geometry;
-use crate::volume::engine::{IoKind, Op};
-use crate::volume::geometry::BLOCK_LEN;
+use super::world::{Quiet, material, small_geometry};
+use crate::volume::backing::Backing;
+use crate::volume::engine::{IoKind, Op, Volume};
+use crate::volume::geometry::{BLOCK_LEN, Geometry};
+use crate::volume::map::{PAGE_COST, default_budget, smallest_budget};
+use crate::volume::recover::recover_with;
 
 const BLOCK: u64 = BLOCK_LEN as u64;
 
@@ -67,4 +72,30 @@ fn what_is_large_does_not_wait_for_others() {
         rig.turn();
     }
     assert_eq!(written_blocks(&rig), [32; 6]);
+}
+
+#[test]
+fn the_memory_for_the_map_grows_with_the_volume() {
+    let disk = volume_on(Geometry::for_volume(4 << 20).expect("size"));
+    let (small, large) = (1_u64 << 10, 1_u64 << 28);
+    let cases = [
+        (None, default_budget(small), default_budget(large)),
+        (
+            Some(smallest_budget(small)),
+            smallest_budget(small),
+            smallest_budget(large),
+        ),
+    ];
+    let image = disk.image();
+    for (cache, before, after) in cases {
+        disk.restore(image.clone());
+        let recovered = recover_with(&*disk, &material(), cache).expect("opens");
+        let backing: Arc<dyn Backing> = disk.clone();
+        let volume = Volume::new(recovered, backing, Box::new(Quiet));
+        volume.attach(None).expect("attaches");
+        assert_eq!(volume.shared().cache_pages(), before / PAGE_COST);
+        volume.grow(large * BLOCK_LEN as u64).expect("grows");
+        assert_eq!(volume.shared().cache_pages(), after / PAGE_COST);
+        volume.close().expect("closes");
+    }
 }

@@ -34,6 +34,18 @@ impl Core {
         });
     }
 
+    /// As if `lane` had never waited for a range.
+    pub(super) fn forget_ranges(&mut self, lane: u16) {
+        let Self {
+            ranges, inboxes, ..
+        } = self;
+        ranges.forget(lane, &mut |(lane, piece), held| {
+            if let Some(inbox) = inboxes.get_mut(usize::from(lane)) {
+                inbox.events.push_back(Event::Granted(piece, held));
+            }
+        });
+    }
+
     /// Whether a change of `blocks` blocks in `leaves` may begin.
     pub(super) fn hurdle(
         &mut self,

@@ -39,6 +39,12 @@ pub(super) struct Job {
     has_failed: bool,
 }
 
+impl Job {
+    pub(super) fn is_checkpoint(&self) -> bool {
+        self.kind == JobKind::Checkpoint
+    }
+}
+
 impl JobKind {
     pub(super) const fn name(self) -> &'static str {
         match self {

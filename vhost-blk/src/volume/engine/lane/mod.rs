@@ -26,7 +26,7 @@ use smallvec::SmallVec;
 use self::flight::{Arrived, Flight, Landed, Staging};
 use self::jobs::Job;
 use self::rehome::{MoveWrite, Moved, Moving};
-use super::core::{Core, Event};
+use super::core::{Core, Event, Phase};
 use super::request::{Done, Io, Op, Payload};
 use super::volume::Shared;
 use super::{Failure, WakeLane};
@@ -381,6 +381,44 @@ impl<P: Payload> Lane<P> {
             && self.jobs.is_empty()
             && self.out.is_empty()
             && self.to_open.is_empty()
+    }
+
+    /// The lane's thread ends although operations of it are under way, and no result of them will ever
+    /// come. What it was at is not known, so writing ends for all; nobody waits for the lane any
+    /// more. It must not be dropped: the kernel may have its buffers.
+    pub fn abandon(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let mut core = shared.lock();
+        // First, so that nothing is granted to it any more.
+        core.forget_ranges(self.id);
+        for (_, piece) in &mut self.pieces {
+            if let Some(held) = piece.held.take() {
+                core.release_range(held);
+            }
+        }
+        for event in core.take_events(self.id) {
+            if let Event::Granted(_, held) = event {
+                core.release_range(held);
+            }
+        }
+        core.abandon_loads(self.id);
+        if self.jobs.iter().any(Job::is_checkpoint) {
+            core.is_mirroring = false;
+        }
+        let was_poisoned = core.is_poisoned;
+        if core.phase == Phase::Serving {
+            core.poison();
+        }
+        core.starved.retain(|lane| *lane != self.id);
+        let is_news = core.is_poisoned && !was_poisoned;
+        let wakes = core.wakes(self.id);
+        drop(core);
+        for wake in wakes {
+            wake();
+        }
+        if is_news {
+            shared.reporter().poisoned("serving a queue");
+        }
     }
 
     /// The most pieces that there were at a time.
