@@ -177,7 +177,7 @@ impl Filler<'_> {
                     let part = &buffer[*skip..];
                     backing.write_at(*offset, part).map(|()| part.len())
                 }
-                IoKind::Sync => backing.sync().map(|()| 0),
+                IoKind::Sync(_) => backing.sync().map(|()| 0),
                 IoKind::Allocate { offset, len } => backing.allocate(*offset, *len).map(|()| 0),
                 IoKind::Punch { offset, len } => backing.punch(*offset, *len).map(|()| 0),
             };

@@ -160,3 +160,34 @@ fn compact_says_what_it_needs() {
     let said = fails(&["compact", "--control-socket", &nowhere], 1);
     assert!(said.contains("is the card running?"), "{said}");
 }
+
+/// What was overwritten is free and still in the backing, and on a small volume little is much of it.
+#[test]
+fn an_idle_volume_of_which_all_was_discarded_keeps_no_room_for_data() {
+    let files = Files::with_volume("24M");
+    let card = files.serve(&[]);
+    let mut guest = Guest::new(&card);
+    for round in 0..3 {
+        for mib in 0..24 {
+            guest.write(mib * 2048, &pattern(round * 100 + mib, MIB as usize));
+        }
+        guest.flush();
+    }
+    assert!(allocated(&files) > 24 * MIB);
+    let all = segment(0, 24 * 2048, 0);
+    assert_eq!(guest.request(DISCARD, 0, &all, 0).status, OK);
+    guest.flush();
+    // Headers, the log of 4 MiB, and the chunks that hold the map's pages.
+    let end = Instant::now() + PATIENCE;
+    while allocated(&files) > 8 * MIB {
+        assert!(Instant::now() < end, "{} bytes stay", allocated(&files));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(guest.read(5 * 2048, 4096), [0; 4096]);
+    guest.write(0, &[7; 8192]);
+    guest.flush();
+    assert_eq!(guest.read(0, 8192), [7; 8192]);
+    drop(guest);
+    card.stop();
+    assert!(files.on_volume("check", &[]).status.success());
+}

@@ -309,3 +309,31 @@ fn a_volume_is_not_opened_while_a_write_of_a_killed_card_may_still_land() {
     assert_eq!(guest.read(0, 4096), [2; 4096]);
     ends_well(&files, guest, card);
 }
+
+/// A kernel tells of a failed writeback once for each open file. Whichever of two barriers on one open file
+/// is told, the other would acknowledge what is lost.
+#[test]
+fn barriers_of_commits_and_of_checkpoints_come_through_open_files_of_their_own() {
+    let Some((files, glass, card, mut guest)) = behind_glass() else {
+        return;
+    };
+    guest.write(0, &[1; 4096]);
+    guest.flush();
+    glass.synced();
+    guest.write(0, &[2; 4096]);
+    guest.flush();
+    let commits = glass.synced();
+    assert_eq!(commits.len(), 1, "{commits:?}");
+    // Each flush takes a block of the log, of which half is enough for a checkpoint.
+    let mut all = commits.clone();
+    for round in 0..2000_u64 {
+        guest.write(round % 64 * 8, &[round as u8; 4096]);
+        guest.flush();
+        all.extend(glass.synced());
+        if all.len() > 1 {
+            break;
+        }
+    }
+    assert_eq!(all.len(), 2, "a checkpoint has its own");
+    ends_well(&files, guest, card);
+}

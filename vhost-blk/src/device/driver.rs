@@ -105,9 +105,11 @@ impl Driver {
                     .offset(*offset)
                     .build()
             }
-            IoKind::Sync => opcode::Fsync::new(fd)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build(),
+            IoKind::Sync(barrier) => {
+                opcode::Fsync::new(types::Fd(self.backing.barrier(*barrier).as_raw_fd()))
+                    .flags(types::FsyncFlags::DATASYNC)
+                    .build()
+            }
             // A device has its room from the start.
             IoKind::Allocate { .. } if self.backing.is_device() => opcode::Nop::new().build(),
             IoKind::Allocate { offset, len } => opcode::Fallocate::new(fd, *len)
@@ -170,7 +172,7 @@ fn transfer(file: &File, kind: &mut IoKind) -> Option<i32> {
             skip,
             buffer,
         } => file.write_at(buffer.get(*skip..).unwrap_or_default(), *offset),
-        IoKind::Sync => file.sync_data().map(|()| 0),
+        IoKind::Sync(_) => file.sync_data().map(|()| 0),
         IoKind::Allocate { .. } | IoKind::Punch { .. } => return None,
     };
     Some(match moved {
@@ -186,6 +188,7 @@ const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volume::backing::Barrier;
 
     /// A backing of a megabyte in a folder on `place`, if there is such a place.
     fn driver_on(place: &str) -> Option<(tempfile::TempDir, Driver)> {
@@ -230,7 +233,10 @@ mod tests {
         assert!(matches!(behind, Started::Done(5, 0, Some(_))));
         let invalid = start(6, read(0, u64::MAX));
         assert!(matches!(invalid, Started::Done(6, ..0, Some(_))));
-        assert!(matches!(start(7, IoKind::Sync), Started::Done(7, 0, None)));
+        assert!(matches!(
+            start(7, IoKind::Sync(Barrier::Commit)),
+            Started::Done(7, 0, None)
+        ));
         let room = IoKind::Allocate {
             offset: 0,
             len: 4096,

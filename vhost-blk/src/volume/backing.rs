@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -140,6 +141,18 @@ impl Room {
     }
 }
 
+/// Whose barrier it is. There is at most one of each under way, but one of each there may be. A kernel that
+/// has to report a failed writeback reports it once for each open file (`errseq_t`): were both on the
+/// same one, one of them would be told, and the other acknowledge what is lost. So each kind has an
+/// open file of its own, and is told whatever the other is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Barrier {
+    /// A commit's.
+    Commit,
+    /// A checkpoint's.
+    Checkpoint,
+}
+
 /// How a backing is to be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -153,6 +166,8 @@ pub enum Access {
 #[derive(Debug)]
 pub struct FileBacking {
     file: File,
+    /// The same file, opened once more: see [`Barrier`].
+    again: Option<File>,
     len: AtomicU64,
     is_device: bool,
     is_direct: bool,
@@ -340,8 +355,13 @@ impl FileBacking {
         let is_memory = !is_device
             && rustix::fs::fstatfs(&file)
                 .is_ok_and(|fs| matches!(fs.f_type, TMPFS_MAGIC | RAMFS_MAGIC));
+        let again = match access {
+            Access::Read => None,
+            Access::Write => open_again(&file, is_direct),
+        };
         Ok(Self {
             file,
+            again,
             len: AtomicU64::new(len),
             is_device,
             is_direct,
@@ -386,6 +406,15 @@ impl FileBacking {
         &self.file
     }
 
+    /// For a barrier by io_uring: commits and checkpoints each have an open file of their own. Which of
+    /// them carries the lock does not matter to a barrier: one of a dead process changes nothing.
+    pub fn barrier(&self, whose: Barrier) -> &File {
+        match (whose, &self.again) {
+            (Barrier::Checkpoint, Some(again)) => again,
+            _ => &self.file,
+        }
+    }
+
     /// Room in the file system that a file is on, for those who are not root; a device has all of
     /// itself.
     ///
@@ -416,6 +445,20 @@ impl FileBacking {
         } else {
             self.file.metadata()?.blocks() * 512
         })
+    }
+}
+
+/// Another open file of the same file, whatever its name leads to by now. `None`: there is no /proc.
+fn open_again(file: &File, is_direct: bool) -> Option<File> {
+    let mut flags = OFlags::RDWR | OFlags::CLOEXEC;
+    flags.set(OFlags::DIRECT, is_direct);
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match rustix::fs::open(own, flags, Mode::empty()) {
+        Ok(fd) => Some(File::from(fd)),
+        Err(error) => {
+            tracing::debug!(%error, "commits and checkpoints share an open file");
+            None
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
@@ -78,6 +79,9 @@ struct State {
     release: bool,
     shuffle: Option<Random>,
     held: usize,
+    /// Open files so far, and those that barriers came through.
+    opened: u64,
+    synced: HashSet<u64>,
 }
 
 /// See the module.
@@ -163,6 +167,11 @@ impl Glass {
     /// Operations that are held back.
     pub fn held(&self) -> usize {
         self.state().held
+    }
+
+    /// Open files that barriers came through since this was asked last.
+    pub fn synced(&self) -> HashSet<u64> {
+        std::mem::take(&mut self.state().synced)
     }
 
     /// Records from now on, and answers in any order.
@@ -340,7 +349,12 @@ impl Server {
             }
             op::OPEN => {
                 let flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
-                let out = [1u64, flags.into()].map(u64::to_ne_bytes).concat();
+                let handle = {
+                    let mut state = self.state.lock().unwrap();
+                    state.opened += 1;
+                    state.opened
+                };
+                let out = [handle, flags.into()].map(u64::to_ne_bytes).concat();
                 self.reply(unique, Ok(&out));
             }
             op::READ => self.begin(
@@ -354,7 +368,10 @@ impl Server {
                 let data = &body[40..40 + word(body, 16) as usize];
                 self.begin(unique, Kind::Write, long(body, 8), data.len() as u64, data);
             }
-            op::FSYNC => self.begin(unique, Kind::Sync, 0, 0, &[]),
+            op::FSYNC => {
+                self.state.lock().unwrap().synced.insert(long(body, 0));
+                self.begin(unique, Kind::Sync, 0, 0, &[]);
+            }
             op::FALLOCATE => {
                 let is_punch = word(body, 24) & PUNCH_HOLE != 0;
                 let kind = if is_punch {

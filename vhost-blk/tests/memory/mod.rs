@@ -218,7 +218,7 @@ impl Opened {
                     self.memory.write_at(*offset, part).map(|()| part.len())
                 }
                 IoKind::Punch { offset, len } => self.memory.punch(*offset, *len).map(|()| 0),
-                IoKind::Sync | IoKind::Allocate { .. } => Ok(0),
+                IoKind::Sync(_) | IoKind::Allocate { .. } => Ok(0),
             };
             let result = moved.map_or(-5, |moved| moved as i32);
             self.lane.on_io(io.id, result, kind.into_buffer());

@@ -1,6 +1,7 @@
 //! What goes in and out of a [`Lane`](super::Lane).
 
 use super::Failure;
+use crate::volume::backing::Barrier;
 use crate::volume::buffer::Buffer;
 
 /// A request. Offsets and lengths are bytes, multiples of 512.
@@ -119,7 +120,7 @@ pub enum IoKind {
         buffer: Buffer,
     },
     /// A barrier: fdatasync.
-    Sync,
+    Sync(Barrier),
     /// Make room for later writes.
     Allocate {
         /// First byte.
@@ -141,7 +142,7 @@ impl IoKind {
     pub fn into_buffer(self) -> Option<Buffer> {
         match self {
             Self::Read { buffer, .. } | Self::Write { buffer, .. } => Some(buffer),
-            Self::Sync | Self::Allocate { .. } | Self::Punch { .. } => None,
+            Self::Sync(_) | Self::Allocate { .. } | Self::Punch { .. } => None,
         }
     }
 }

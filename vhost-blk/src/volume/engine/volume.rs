@@ -226,7 +226,7 @@ fn perform(mut kind: IoKind, backing: &dyn Backing) -> (i32, IoKind) {
             let part = &buffer[*skip..];
             (part.len(), backing.write_at(*offset, part))
         }
-        IoKind::Sync => (0, backing.sync()),
+        IoKind::Sync(_) => (0, backing.sync()),
         IoKind::Allocate { offset, len } => (0, backing.allocate(*offset, *len)),
         IoKind::Punch { offset, len } => (0, backing.punch(*offset, *len)),
     };

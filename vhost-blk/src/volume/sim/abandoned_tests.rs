@@ -34,7 +34,7 @@ fn nobody_waits_for_a_lane_whose_thread_is_gone() {
             "the log",
             |rig, kind| matches!(kind, IoKind::Write { offset, .. } if rig.log().contains(offset)),
         ),
-        ("a barrier", |_, kind| matches!(kind, IoKind::Sync)),
+        ("a barrier", |_, kind| matches!(kind, IoKind::Sync(_))),
         ("a superblock", |_, kind| is_superblock(kind)),
     ];
     for (what, holds) in cases {

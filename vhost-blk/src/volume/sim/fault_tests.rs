@@ -514,7 +514,7 @@ fn no_superblock_is_written_after_the_barrier_of_a_growing_volume_failed() {
         held: Vec::new(),
         done: Vec::new(),
     };
-    let is_sync = |kind: &IoKind| matches!(kind, IoKind::Sync);
+    let is_sync = |kind: &IoKind| matches!(kind, IoKind::Sync(_));
     for round in 1..=1000 {
         rig.write(0, round % 8, 1);
         rig.submit(0, Op::Flush);
@@ -807,7 +807,7 @@ fn outlives_a_cut_in_an_activation(seed: u64) -> bool {
     assert_eq!(rig.held.len(), 1, "the superblock");
     rig.land(0, None);
     // No barrier completes any more. The log has something for the next activation to write.
-    let is_sync = |kind: &IoKind| matches!(kind, IoKind::Sync);
+    let is_sync = |kind: &IoKind| matches!(kind, IoKind::Sync(_));
     rig.write(0, 20, 4);
     rig.run(is_sync);
     rig.submit(0, Op::Flush);

@@ -154,7 +154,7 @@ impl Fault {
                     _ => Self::Errno(again),
                 }
             }
-            IoKind::Sync => Self::Errno(if dice.chance(30) { EIO } else { again }),
+            IoKind::Sync(_) => Self::Errno(if dice.chance(30) { EIO } else { again }),
             IoKind::Allocate { .. } => Self::Errno(ENOSPC),
             IoKind::Punch { .. } => Self::Errno(EOPNOTSUPP),
         }

@@ -139,7 +139,7 @@ impl Rig {
                 self.disk.write_at(*offset, part).expect("writes");
                 part.len() as i32
             }
-            (IoKind::Sync, None) => {
+            (IoKind::Sync(_), None) => {
                 self.disk.sync().expect("syncs");
                 0
             }

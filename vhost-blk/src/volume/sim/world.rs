@@ -462,7 +462,7 @@ impl World {
                     IoKind::Punch { offset, len } => {
                         self.disk.submit(*offset, &vec![0; *len as usize])
                     }
-                    IoKind::Sync => self.disk.begin_sync(),
+                    IoKind::Sync(_) => self.disk.begin_sync(),
                     IoKind::Read { .. } | IoKind::Allocate { .. } => Vec::new(),
                 };
                 card.under_way.push(UnderWay { lane, io, parts });
@@ -555,7 +555,7 @@ impl World {
                 self.disk.complete(&parts);
             }
             IoKind::Punch { .. } => self.disk.complete(&parts),
-            IoKind::Sync => self.disk.end_sync(&parts),
+            IoKind::Sync(_) => self.disk.end_sync(&parts),
             IoKind::Allocate { .. } => {}
         }
         card.lanes[lane].on_io(io.id, moved as i32, kind.into_buffer());
@@ -565,7 +565,7 @@ impl World {
     fn land_badly(&mut self, kind: &mut IoKind, parts: &[u64]) -> i32 {
         match Fault::of(kind, &mut self.dice) {
             Fault::Errno(errno) => {
-                if matches!(kind, IoKind::Sync) {
+                if matches!(kind, IoKind::Sync(_)) {
                     self.has_lost_barrier |= errno == EIO;
                 } else {
                     self.disk.abandon(parts, &mut self.dice);

@@ -5,6 +5,7 @@ use std::io;
 use rustix::io::Errno;
 
 use super::{Lane, PieceKind, ReadPlan};
+use crate::volume::backing::Barrier;
 use crate::volume::buffer::{Buffer, Pool};
 use crate::volume::engine::core::Core;
 use crate::volume::engine::request::{Io, IoKind, Payload};
@@ -420,7 +421,8 @@ impl<P: Payload> Lane<P> {
                 offset: Slot(run.start).offset(),
                 len: run.len * BLOCK_LEN as u64,
             },
-            _ => IoKind::Sync,
+            (FlightKind::Job(kind), None) => IoKind::Sync(kind.barrier()),
+            _ => IoKind::Sync(Barrier::Commit),
         };
         self.out.push_back(Io { id, kind });
     }

@@ -3,6 +3,7 @@
 
 use super::Lane;
 use super::flight::FlightKind;
+use crate::volume::backing::Barrier;
 use crate::volume::engine::core::Core;
 use crate::volume::engine::request::{IoKind, Payload};
 use crate::volume::engine::{JobWrite, Stats};
@@ -46,6 +47,13 @@ impl Job {
 }
 
 impl JobKind {
+    pub(super) const fn barrier(self) -> Barrier {
+        match self {
+            Self::Commit => Barrier::Commit,
+            Self::Checkpoint => Barrier::Checkpoint,
+        }
+    }
+
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Commit => "committing",
@@ -99,7 +107,7 @@ impl<P: Payload> Lane<P> {
             if let Some(job) = self.jobs.iter_mut().find(|job| job.kind == kind) {
                 job.left += 1;
             }
-            self.emit(FlightKind::Job(kind), IoKind::Sync);
+            self.emit(FlightKind::Job(kind), IoKind::Sync(kind.barrier()));
         }
         if is_empty && let Some(index) = self.jobs.iter().position(|job| job.kind == kind) {
             // Not `next_step`, which may want the lock that the caller has: only a checkpoint of no
@@ -183,7 +191,8 @@ impl<P: Payload> Lane<P> {
 
     fn barrier(&mut self, index: usize, step: Step) {
         self.jobs[index].step = step;
-        self.emit(FlightKind::Job(self.jobs[index].kind), IoKind::Sync);
+        let kind = self.jobs[index].kind;
+        self.emit(FlightKind::Job(kind), IoKind::Sync(kind.barrier()));
     }
 
     fn end_commit(&mut self, index: usize) {
