@@ -173,10 +173,11 @@ pub fn host() -> Result<Space> {
     Ok(host)
 }
 
-/// TCP's settings are those of an ordinary Linux, whatever this machine's are. BBR paces what needs no
-/// pace, and takes long to find its rate again when a backend has dropped a burst. passt announces what
-/// the host's receiver has room for, but takes what its own socket has room for and drops the rest: so
-/// receivers are as usual, and senders may have what passt's authors ask for. Both help all backends.
+/// TCP's settings are ordinary ones, whatever this machine's are. BBR paces what needs no pace, and takes
+/// long to find its rate again when a backend has dropped a burst; where it is the machine's default, the
+/// kernel lets a namespace have Reno only. passt announces what the host's receiver has room for, but
+/// takes what its own socket has room for and drops the rest: so receivers are as usual, and senders may
+/// have what passt's authors ask for. Both help all backends.
 fn usual_tcp(space: &Space) -> Result<()> {
     let set = |name| space.set("ipv4/tcp_congestion_control", name);
     set("cubic").or_else(|_| set("reno"))?;
