@@ -165,10 +165,7 @@ impl Core {
         };
         // Leaves that were touched before may be touched anew.
         self.feed_starved();
-        let mut log_blocks = self.log_used;
-        if mutant::is(Mutant::EarlyLogFree) {
-            self.log_used -= std::mem::take(&mut log_blocks);
-        }
+        let log_blocks = self.log_used;
         self.checkpoint = Some(Checkpoint {
             superblock,
             replaced,
