@@ -271,6 +271,8 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
                 self.memory = MemoryMap::from_regions(regions)?;
                 self.protocol.memory_changed(self.memory.regions());
             }
+            // QEMU before 8.1 tells of memory once for each queue pair of a network device.
+            Action::AddRegion(region, _) if self.memory.regions().contains(&region) => {}
             Action::AddRegion(region, fd) => {
                 self.memory.add(region, fd)?;
                 self.protocol.memory_changed(self.memory.regions());
