@@ -132,6 +132,9 @@ impl Server<'_> {
         if bytes.len() > MESSAGE_MAX || matches!(bytes.first(), None | Some(12 | 13)) {
             return Err(Silence::Malformed);
         }
+        if !has_room_for_its_fields(bytes.get(4..).unwrap_or_default(), 0) {
+            return Err(Silence::Malformed);
+        }
         let request = Message::decode(&mut Decoder::new(bytes)).map_err(|_| Silence::Malformed)?;
         let options = request.opts();
         let client = match options.get(OptionCode::ClientId) {
@@ -322,6 +325,38 @@ fn status(status: Status, text: &str) -> DhcpOption {
         status,
         msg: text.into(),
     })
+}
+
+/// Whether each option is as long as its fixed fields, nested ones too. The decoder takes that for
+/// granted of some (dhcproto 0.15: authentication, status, vendor class and options) and subtracts.
+fn has_room_for_its_fields(mut options: &[u8], depth: u8) -> bool {
+    while let Some((&[a, b, c, d], rest)) = options.split_first_chunk::<4>() {
+        let (code, len) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+        let Some((body, rest)) = rest.split_at_checked(usize::from(len)) else {
+            // Cut off, which the decoder notices by itself.
+            return true;
+        };
+        let (fixed, nests) = match code {
+            3 | 25 => (12, true),
+            4 => (4, true),
+            5 => (24, true),
+            26 => (25, true),
+            11 => (11, false),
+            13 => (2, false),
+            16 | 17 => (4, false),
+            // A relay's: there is none between guest and card.
+            9 => return false,
+            _ => (0, false),
+        };
+        let Some(inner) = body.get(fixed..) else {
+            return false;
+        };
+        if nests && (depth > 4 || !has_room_for_its_fields(inner, depth + 1)) {
+            return false;
+        }
+        options = rest;
+    }
+    true
 }
 
 #[cfg(test)]

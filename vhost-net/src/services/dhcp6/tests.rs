@@ -293,3 +293,18 @@ fn bent_messages_never_panic_and_replies_stay_small() {
     assert_eq!(sum, 20_000);
     assert!(seen.replies > 0 && seen.malformed > 0);
 }
+
+#[test]
+fn an_option_that_is_shorter_than_its_fields_is_found_wherever_it_is() {
+    assert!(has_room_for_its_fields(&[], 0));
+    assert!(has_room_for_its_fields(&[0, 16, 0, 4, 1, 2, 3, 4], 0));
+    for short in [
+        [0, 16, 0, 2, 1, 2],
+        [0, 11, 0, 2, 1, 2],
+        [0, 17, 0, 2, 1, 2],
+    ] {
+        assert!(!has_room_for_its_fields(&short, 0), "{short:?}");
+        let nested = [&[0, 3, 0, 18][..], &[0; 12], &short].concat();
+        assert!(!has_room_for_its_fields(&nested, 0), "{nested:?}");
+    }
+}
