@@ -12,13 +12,18 @@ use anyhow::{Context as _, Result, ensure};
 use crypto::source::KeySource;
 use vhost_blk::volume::backing::{Access, Backing, FileBacking};
 use vhost_blk::volume::engine::{Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume};
-use vhost_blk::volume::geometry::{BLOCK_LEN, FANOUT};
+use vhost_blk::volume::geometry::{BLOCK_LEN, FANOUT, Geometry};
 use vhost_blk::volume::map::{PAGE_COST, pages_of};
 use vhost_blk::volume::recover::recover_with;
 use vhost_blk::volume::superblock::{COPIES, COPY_LEN};
 
 /// Bytes of a leaf of the map.
 pub const LEAF: u64 = FANOUT * BLOCK_LEN as u64;
+
+/// Changes of a commit, but for the last, small ones.
+const COMMIT: u64 = 2048;
+/// Bytes of a change in the log, its share of the record's head included.
+const DELTA_LEN: u64 = 49;
 
 /// What is in the log.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +89,8 @@ pub fn fill_log(
         backing: &*backing,
         lane,
         hung: Vec::new(),
+        geometry,
+        logged: 0,
     };
     let leaves: Vec<u64> = leaves.collect();
     // The log holds what was changed before the checkpoint that hangs, and what was since.
@@ -97,6 +104,7 @@ pub fn fill_log(
         writes: 0,
         leaves: 0,
     };
+    let mut gathered = 0;
     for (part, is_before) in [(before, true), (since, false)] {
         let part = part.get(..each).unwrap_or(part);
         for (round, leaf) in (0..).zip(part.iter().cycle()) {
@@ -108,6 +116,14 @@ pub fn fill_log(
                 break;
             }
             if !filler.write(leaf * LEAF, blocks * BLOCK_LEN as u64)? {
+                break;
+            }
+            gathered += blocks;
+            // Changes of the same blocks again are one change until they are committed.
+            if gathered >= COMMIT && filler.has_room_for(2 * gathered) {
+                ensure!(filler.request(Op::Flush)?, "a commit hangs");
+                gathered = 0;
+            } else if gathered >= COMMIT {
                 break;
             }
             filled.writes += blocks;
@@ -127,9 +143,17 @@ struct Filler<'b> {
     backing: &'b dyn Backing,
     lane: Lane<Noise>,
     hung: Vec<Io>,
+    geometry: Geometry,
+    /// Bytes written to the log.
+    logged: u64,
 }
 
 impl Filler<'_> {
+    /// Whether the log, of which nothing is given back, takes so many changes more.
+    fn has_room_for(&self, changes: u64) -> bool {
+        self.logged + changes * DELTA_LEN < self.geometry.log_blocks() * BLOCK_LEN as u64
+    }
+
     fn write(&mut self, offset: u64, len: u64) -> Result<bool> {
         self.request(Op::Write {
             offset,
@@ -175,6 +199,11 @@ impl Filler<'_> {
                     buffer,
                 } => {
                     let part = &buffer[*skip..];
+                    let log = self.geometry.log_slot(0).offset();
+                    let log_len = self.geometry.log_blocks() * BLOCK_LEN as u64;
+                    if (log..log + log_len).contains(offset) {
+                        self.logged += part.len() as u64;
+                    }
                     backing.write_at(*offset, part).map(|()| part.len())
                 }
                 IoKind::Sync(_) => backing.sync().map(|()| 0),

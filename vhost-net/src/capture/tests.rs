@@ -10,9 +10,11 @@ use pcap_parser::{Block, PcapBlockOwned, PcapError, PcapNGReader};
 
 use super::*;
 
-/// What another parser finds: each frame with its direction's flags, and frames and drops told in
-/// the end.
-fn read(stream: &[u8]) -> (Vec<(u8, Vec<u8>)>, Option<(u64, u64)>) {
+/// A frame and its direction's flags.
+type Flagged = (u8, Vec<u8>);
+
+/// What another parser finds: the frames, and how many frames and drops were told in the end.
+fn read(stream: &[u8]) -> (Vec<Flagged>, Option<(u64, u64)>) {
     let mut reader = PcapNGReader::new(1 << 20, stream).unwrap();
     let (mut frames, mut told) = (Vec::new(), None);
     loop {
