@@ -230,6 +230,7 @@ pub struct Virtqueue {
     published_used: u16,
     /// Nothing was published since the start, so the driver may have missed an interrupt.
     first_publish: bool,
+    /// The driver was told that kicks are wanted. At the start nobody knows what it was told last.
     kicks_enabled: bool,
     fault: Option<RingFault>,
     /// For each head: 0 if it is the driver's, else the epoch of the memory map it came with.
@@ -276,7 +277,7 @@ impl Virtqueue {
             next_used: used_idx,
             published_used: used_idx,
             first_publish: true,
-            kicks_enabled: true,
+            kicks_enabled: false,
             fault: None,
             out: vec![0; usize::from(size)].into_boxed_slice(),
             out_count: 0,

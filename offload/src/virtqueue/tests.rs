@@ -429,6 +429,23 @@ fn without_event_idx_flags_say_who_wants_to_be_told() {
     assert!(driver.publish());
 }
 
+/// The flag stays in the guest's memory when the card is killed, or the ring is stopped, in between.
+#[test]
+fn a_ring_that_was_left_while_kicks_were_off_asks_for_them_again() {
+    let (mut driver, mut queue) = pair(8, 0);
+    assert!(!queue.enable_kicks());
+    queue.disable_kicks();
+    drop(queue);
+    let mut queue = device(&driver, 0, 0);
+    assert!(!queue.enable_kicks());
+    let at = driver.ram().alloc(16, 16);
+    driver.add(&[Buffer::readable(at, 16)]).expect("room");
+    assert!(
+        driver.kick(),
+        "the driver does not know that kicks are wanted"
+    );
+}
+
 #[test]
 fn with_event_idx_each_side_is_told_only_when_it_asked() {
     let (mut driver, mut queue) = pair(8, EVENT_IDX);
