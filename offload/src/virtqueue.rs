@@ -230,8 +230,9 @@ pub struct Virtqueue {
     published_used: u16,
     /// Nothing was published since the start, so the driver may have missed an interrupt.
     first_publish: bool,
-    /// The driver was told that kicks are wanted. At the start nobody knows what it was told last.
-    kicks_enabled: bool,
+    /// Whether the driver was told that kicks are wanted. What an earlier user of the ring told it
+    /// last, nobody knows.
+    kicks_enabled: Option<bool>,
     fault: Option<RingFault>,
     /// For each head: 0 if it is the driver's, else the epoch of the memory map it came with.
     out: Box<[u32]>,
@@ -277,7 +278,7 @@ impl Virtqueue {
             next_used: used_idx,
             published_used: used_idx,
             first_publish: true,
-            kicks_enabled: false,
+            kicks_enabled: None,
             fault: None,
             out: vec![0; usize::from(size)].into_boxed_slice(),
             out_count: 0,
@@ -507,7 +508,7 @@ impl Virtqueue {
     /// behind it already (and again after 65536 chains, which does no harm).
     #[inline]
     pub fn disable_kicks(&mut self) {
-        if std::mem::replace(&mut self.kicks_enabled, false) && !self.event_idx {
+        if self.kicks_enabled.replace(false) != Some(false) && !self.event_idx {
             let flags = self.rings.used.atomic::<AtomicU16>(USED_FLAGS);
             flags.store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
         }
@@ -539,11 +540,11 @@ impl Virtqueue {
             let at = RING + USED_ELEM_LEN * usize::from(self.layout.size);
             let event = used.atomic::<AtomicU16>(at);
             event.store(from.to_le(), Ordering::Relaxed);
-        } else if !self.kicks_enabled {
+        } else if self.kicks_enabled != Some(true) {
             used.atomic::<AtomicU16>(USED_FLAGS)
                 .store(0, Ordering::Relaxed);
         }
-        self.kicks_enabled = true;
+        self.kicks_enabled = Some(true);
         fence(Ordering::SeqCst);
         true
     }
