@@ -532,24 +532,8 @@ fn meta(frame: &Frame<'_>) -> Option<Meta> {
     let Net::Ip(packet) = &frame.net else {
         return None;
     };
-    let (source, destination) = packet.ports()?;
-    let (tcp_flags, icmp) = match packet.transport {
-        Transport::Tcp { flags, .. } => (flags, (0, 0)),
-        Transport::Icmp { kind, code, .. } => (0, (kind, code)),
-        _ => (0, (0, 0)),
-    };
-    Some(Meta {
-        key: FlowKey::new(
-            Direction::Out,
-            packet.protocol,
-            (packet.source, source),
-            (packet.destination, destination),
-        ),
-        bytes: u32::try_from(packet.end - packet.start).unwrap_or(u32::MAX),
-        packets: frame.packet_count(),
-        tcp_flags,
-        icmp,
-    })
+    let ports = packet.ports()?;
+    Some(Meta::of(Direction::Out, frame, packet, ports))
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
+use crate::frame::{Frame, Packet, Transport};
+
 /// What became of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -124,6 +126,30 @@ pub struct Meta {
     pub tcp_flags: u8,
     /// ICMP type and code; 0 for others.
     pub icmp: (u8, u8),
+}
+
+impl Meta {
+    /// Of the `packet` in `frame`, which goes that way from and to these ports.
+    #[must_use]
+    pub fn of(direction: Direction, frame: &Frame<'_>, packet: &Packet, ports: (u16, u16)) -> Self {
+        let (tcp_flags, icmp) = match packet.transport {
+            Transport::Tcp { flags, .. } => (flags, (0, 0)),
+            Transport::Icmp { kind, code, .. } => (0, (kind, code)),
+            Transport::Udp { .. } | Transport::Fragment | Transport::Other => (0, (0, 0)),
+        };
+        Self {
+            key: FlowKey::new(
+                direction,
+                packet.protocol,
+                (packet.source, ports.0),
+                (packet.destination, ports.1),
+            ),
+            bytes: u32::try_from(packet.end - packet.start).unwrap_or(u32::MAX),
+            packets: frame.packet_count(),
+            tcp_flags,
+            icmp,
+        }
+    }
 }
 
 /// What policy says.

@@ -49,15 +49,13 @@ pub(super) fn kind(frame: &Frame<'_>, packet: &Packet, direction: Direction) -> 
     if is_link_business(packet) {
         return Kind::Never;
     }
-    let (tcp_flags, icmp) = match packet.transport {
-        Transport::Fragment => return Kind::Fragment,
-        Transport::Tcp { flags, .. } => (flags, (0, 0)),
-        Transport::Icmp { kind, code, .. } => (0, (kind, code)),
-        Transport::Udp { .. } | Transport::Other => (0, (0, 0)),
-    };
+    if packet.transport == Transport::Fragment {
+        return Kind::Fragment;
+    }
+    let meta = Meta::of(direction, frame, packet, packet.ports().unwrap_or((0, 0)));
     let is_error = match packet.protocol {
-        ICMP => matches!(icmp.0, 3 | 4 | 11 | 12),
-        ICMPV6 => (1..=4).contains(&icmp.0),
+        ICMP => matches!(meta.icmp.0, 3 | 4 | 11 | 12),
+        ICMPV6 => (1..=4).contains(&meta.icmp.0),
         _ => false,
     };
     if is_error {
@@ -74,19 +72,7 @@ pub(super) fn kind(frame: &Frame<'_>, packet: &Packet, direction: Direction) -> 
             _ => Kind::Never,
         };
     }
-    let (source, destination) = packet.ports().unwrap_or((0, 0));
-    Kind::Flow(Meta {
-        key: FlowKey::new(
-            direction,
-            packet.protocol,
-            (packet.source, source),
-            (packet.destination, destination),
-        ),
-        bytes: u32::try_from(packet.end - packet.start).unwrap_or(u32::MAX),
-        packets: frame.packet_count(),
-        tcp_flags,
-        icmp,
-    })
+    Kind::Flow(meta)
 }
 
 type End = (IpAddr, u16);
