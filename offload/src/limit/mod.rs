@@ -47,7 +47,7 @@ mod rates;
 mod timed;
 
 pub use gate::{Gate, Released};
-pub use rates::{BURST_SECONDS, BURST_SECONDS_MAX, Burst, RateError, Rates};
+pub use rates::{BURST_SECONDS, BURST_SECONDS_MAX, Burst, RateError, Rates, in_words};
 pub use timed::{TimedGate, TimedLimit};
 
 use std::fmt;

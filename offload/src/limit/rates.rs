@@ -88,6 +88,15 @@ impl Burst {
     }
 }
 
+/// A limit in words; `show` has the unit.
+pub fn in_words(rate: Option<u64>, burst: Option<Burst>, show: impl Fn(u64) -> String) -> String {
+    let mut text = rate.map_or_else(|| "no limit".to_owned(), &show);
+    if let Some(burst) = burst {
+        text += &format!(", burst {} for {} s", show(burst.rate), burst.seconds);
+    }
+    text
+}
+
 /// Limits that go together. Nothing set means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rates {

@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use offload::cli::format_size;
 use offload::control::ControlClient;
-use offload::limit::Burst;
+use offload::limit::{Burst, in_words};
 use serde_json::Value;
 
 use crate::args::LimitsArgs;
@@ -29,11 +29,7 @@ pub(super) fn run(args: &LimitsArgs) -> anyhow::Result<()> {
 /// One line for each kind of limit.
 fn text(wire: &Wire) -> String {
     let line = |name, rate: Option<u64>, burst: Option<Burst>, show: &dyn Fn(u64) -> String| {
-        let rate = rate.map_or_else(|| "no limit".to_owned(), show);
-        let burst = burst.map_or_else(String::new, |burst| {
-            format!(", burst {} for {} s", show(burst.rate), burst.seconds)
-        });
-        format!("{name:<13}{rate}{burst}\n")
+        format!("{name:<13}{}\n", in_words(rate, burst, show))
     };
     let mut text = line("operations", wire.iops, wire.iops_burst, &|n| {
         format!("{n} a second")

@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use offload::cli::format_size;
 use offload::control::ControlClient;
-use offload::limit::Burst;
+use offload::limit::in_words;
 use serde_json::Value;
 
 use crate::args::LimitsArgs;
@@ -29,16 +29,9 @@ pub(super) fn run(args: &LimitsArgs) -> anyhow::Result<()> {
 
 /// One line for each kind of limit.
 fn text(spec: &LimitsSpec) -> String {
-    fn line(rate: Option<u64>, burst: Option<Burst>, show: &dyn Fn(u64) -> String) -> String {
-        let rate = rate.map_or_else(|| "no limit".to_owned(), show);
-        let burst = burst.map_or_else(String::new, |burst| {
-            format!(", burst {} for {} s", show(burst.rate), burst.seconds)
-        });
-        rate + &burst
-    }
     let of = |name: &str, spec: &DirectionSpec| {
-        let packets = line(spec.pps, spec.pps_burst, &|n| format!("{n} a second"));
-        let bytes = line(spec.bps, spec.bps_burst, &|n| {
+        let packets = in_words(spec.pps, spec.pps_burst, |n| format!("{n} a second"));
+        let bytes = in_words(spec.bps, spec.bps_burst, |n| {
             format!("{} a second", format_size(n))
         });
         format!("{name:<12}packets  {packets}\n{:<12}bytes    {bytes}", "")
@@ -52,6 +45,8 @@ fn text(spec: &LimitsSpec) -> String {
 
 #[cfg(test)]
 mod tests {
+    use offload::limit::Burst;
+
     use super::*;
 
     #[test]
