@@ -451,14 +451,6 @@ mod tests {
             backing: 1 << 30,
         };
         let text = markdown(&report);
-        let mut width = None;
-        for line in text.lines() {
-            if !line.starts_with('|') {
-                width = None;
-                continue;
-            }
-            let cells = line.matches('|').count();
-            assert_eq!(*width.get_or_insert(cells), cells, "{line}");
-        }
+        crate::table::assert_rows_fit(&text);
     }
 }

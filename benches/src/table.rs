@@ -170,6 +170,20 @@ pub(crate) fn number(value: Option<f64>) -> String {
     }
 }
 
+/// Each row of each table in `text` is as wide as its header.
+#[cfg(test)]
+pub(crate) fn assert_rows_fit(text: &str) {
+    let mut width = None;
+    for line in text.lines() {
+        if !line.starts_with('|') {
+            width = None;
+            continue;
+        }
+        let cells = line.matches('|').count();
+        assert_eq!(*width.get_or_insert(cells), cells, "{line}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,14 +221,6 @@ mod tests {
     fn a_peer_without_samples_is_a_dash_and_every_row_is_as_wide_as_its_header() {
         let text = markdown(&example([&[90e3], &[180e3], &[]]));
         assert!(text.contains(MISSING));
-        let mut width = None;
-        for line in text.lines() {
-            if !line.starts_with('|') {
-                width = None;
-                continue;
-            }
-            let cells = line.matches('|').count();
-            assert_eq!(*width.get_or_insert(cells), cells, "{line}");
-        }
+        assert_rows_fit(&text);
     }
 }
