@@ -50,3 +50,5 @@ pub mod policy;
 pub mod services;
 pub mod spec;
 pub mod stack;
+#[cfg(test)]
+mod testing;

@@ -1,6 +1,5 @@
 //! Two queue pairs as a frontend and a driver meet them, with sockets of the host's behind.
 
-use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
@@ -14,59 +13,17 @@ use offload::testing::driver::{Buffer, DriverQueue, GuestRam};
 use offload::testing::frontend::TestFrontend;
 use offload::vhost_user::Backend;
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr};
 use vhost::vhost_user::VhostUserFrontend;
 
 use super::*;
 use crate::services::imds::MetadataSpec;
+use crate::testing::Nic;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const BUFFER: u32 = 10_000;
 const HEADER: usize = 12;
-
-/// The guest's network card: packets in and out.
-#[derive(Default)]
-struct Nic {
-    rx: VecDeque<Vec<u8>>,
-    tx: Vec<Vec<u8>>,
-}
-
-struct NicRx(Vec<u8>);
-struct NicTx<'a>(&'a mut Vec<Vec<u8>>);
-
-impl phy::RxToken for NicRx {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(&self.0)
-    }
-}
-
-impl phy::TxToken for NicTx<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut packet = vec![0; len];
-        let result = f(&mut packet);
-        self.0.push(packet);
-        result
-    }
-}
-
-impl phy::Device for Nic {
-    type RxToken<'a> = NicRx;
-    type TxToken<'a> = NicTx<'a>;
-    fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(NicRx, NicTx<'_>)> {
-        Some((NicRx(self.rx.pop_front()?), NicTx(&mut self.tx)))
-    }
-    fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<NicTx<'_>> {
-        Some(NicTx(&mut self.tx))
-    }
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut caps = DeviceCapabilities::default();
-        caps.medium = Medium::Ip;
-        caps.max_transmission_unit = 9001;
-        caps
-    }
-}
 
 struct Queue {
     driver: DriverQueue,

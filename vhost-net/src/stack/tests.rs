@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 
 use smoltcp::iface::SocketHandle;
-use smoltcp::phy::{self, Checksum, Medium};
+use smoltcp::phy::Checksum;
 use smoltcp::socket::tcp::{self, State};
 use smoltcp::wire::{IpAddress, IpCidr};
 
 use super::*;
 use crate::frame::ETHERNET_LEN;
 use crate::frame::header::{GSO_TCPV4, NEEDS_CSUM};
+use crate::testing::Nic;
 
 mod offload;
 
@@ -156,50 +157,6 @@ impl Locals for NoLocals {
     }
 }
 
-/// The guest's network card: packets in and out.
-#[derive(Default)]
-struct Nic {
-    rx: VecDeque<Vec<u8>>,
-    tx: Vec<Vec<u8>>,
-}
-
-struct NicRx(Vec<u8>);
-struct NicTx<'a>(&'a mut Vec<Vec<u8>>);
-
-impl phy::RxToken for NicRx {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(&self.0)
-    }
-}
-
-impl phy::TxToken for NicTx<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut packet = vec![0; len];
-        let result = f(&mut packet);
-        self.0.push(packet);
-        result
-    }
-}
-
-impl phy::Device for Nic {
-    type RxToken<'a> = NicRx;
-    type TxToken<'a> = NicTx<'a>;
-    fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(NicRx, NicTx<'_>)> {
-        Some((NicRx(self.rx.pop_front()?), NicTx(&mut self.tx)))
-    }
-    fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<NicTx<'_>> {
-        Some(NicTx(&mut self.tx))
-    }
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut caps = DeviceCapabilities::default();
-        caps.medium = Medium::Ip;
-        caps.max_transmission_unit = 9001;
-        // The card leaves sums to it.
-        caps.checksum.tcp = Checksum::Tx;
-        caps
-    }
-}
-
 /// Guest, card and host.
 struct World {
     stack: Stack,
@@ -224,6 +181,8 @@ impl World {
         let now = Instant::now();
         let spec = Arc::new(spec);
         let mut nic = Nic::default();
+        // The card leaves sums to it.
+        nic.checksum.tcp = Checksum::Tx;
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = 7;
         let mut guest = Interface::new(config, &mut nic, smoltcp::time::Instant::ZERO);

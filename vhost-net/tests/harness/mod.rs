@@ -2,13 +2,11 @@
 
 #![allow(dead_code, reason = "each test uses a part of it")]
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{self, ChecksumCapabilities, DeviceCapabilities, Medium};
 use smoltcp::socket::tcp::{Socket, SocketBuffer};
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr};
 use vhost_net::card::{Card, CardStats};
@@ -20,6 +18,11 @@ use vhost_net::policy::groups::GroupsSpec;
 use vhost_net::services::imds::{Imds, MetadataSpec};
 use vhost_net::spec::Spec;
 use vhost_net::stack::{Settings, Stack, Wire};
+
+#[path = "../../src/testing.rs"]
+mod testing;
+
+use testing::Nic;
 
 pub const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 pub const CARD: [u8; 6] = [0x52, 0x55, 0x0a, 0, 2, 2];
@@ -33,49 +36,6 @@ impl Wire for Frames {
     }
     fn send(&mut self, _: NetHeader, frame: &[u8]) {
         self.0.push(frame.to_vec());
-    }
-}
-
-/// The guest's interface: packets in and out.
-#[derive(Default)]
-pub struct Nic {
-    pub rx: VecDeque<Vec<u8>>,
-    tx: Vec<Vec<u8>>,
-}
-
-pub struct Rx(Vec<u8>);
-pub struct Tx<'a>(&'a mut Vec<Vec<u8>>);
-
-impl phy::RxToken for Rx {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(&self.0)
-    }
-}
-
-impl phy::TxToken for Tx<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut packet = vec![0; len];
-        let result = f(&mut packet);
-        self.0.push(packet);
-        result
-    }
-}
-
-impl phy::Device for Nic {
-    type RxToken<'a> = Rx;
-    type TxToken<'a> = Tx<'a>;
-    fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Rx, Tx<'_>)> {
-        Some((Rx(self.rx.pop_front()?), Tx(&mut self.tx)))
-    }
-    fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Tx<'_>> {
-        Some(Tx(&mut self.tx))
-    }
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut caps = DeviceCapabilities::default();
-        caps.medium = Medium::Ip;
-        caps.max_transmission_unit = 9001;
-        caps.checksum = ChecksumCapabilities::default();
-        caps
     }
 }
 
