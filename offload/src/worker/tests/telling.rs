@@ -20,9 +20,9 @@ fn a_queue_that_polls_answers_all_with_fewer_kicks_and_stops() {
     }
 }
 
-#[test]
-fn a_busy_guest_is_told_of_a_few_completions_together() {
-    let echo = Echo::new(Mode::OneARound);
+/// Serves 32 chains that are there when the queue starts, to the last.
+fn serve_32_at_once(mode: Mode) -> (Arc<Echo>, Arc<QueueStats>) {
+    let echo = Echo::new(mode);
     let (thread, stats) = spawn(&echo, 0);
     let ram = GuestRam::new(1 << 20);
     // Without EVENT_IDX the guest wants to be told of each.
@@ -37,6 +37,12 @@ fn a_busy_guest_is_told_of_a_few_completions_together() {
         client.check(used);
     }
     thread.stop().unwrap();
+    (echo, stats)
+}
+
+#[test]
+fn a_busy_guest_is_told_of_a_few_completions_together() {
+    let (_, stats) = serve_32_at_once(Mode::OneARound);
     assert_eq!(stats.completions.get(), 32);
     // In fours while there are many more to come, then one by one.
     let told = stats.notifications.get();
@@ -45,20 +51,7 @@ fn a_busy_guest_is_told_of_a_few_completions_together() {
 
 #[test]
 fn a_handler_that_has_enough_gets_the_next_chain_in_the_next_round_without_a_kick() {
-    let echo = Echo::new(Mode::EnoughAtOnce);
-    let (thread, _) = spawn(&echo, 0);
-    let ram = GuestRam::new(1 << 20);
-    let mut client = Client::new(&ram, 64, 0, false);
-    for _ in 0..32 {
-        assert!(client.send());
-    }
-    client.driver.publish();
-    thread.start(client.driver.ring_config(0, None)).unwrap();
-    for _ in 0..32 {
-        let used = client.driver.wait_used(PATIENCE).expect("an answer");
-        client.check(used);
-    }
-    thread.stop().unwrap();
+    let (echo, _) = serve_32_at_once(Mode::EnoughAtOnce);
     let rounds = echo.rounds.load(Ordering::Relaxed);
     assert!(rounds >= 32, "{rounds} rounds");
 }
