@@ -11,7 +11,9 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use crypto::source::KeySource;
 use vhost_blk::volume::backing::{Access, Backing, FileBacking};
-use vhost_blk::volume::engine::{Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume};
+use vhost_blk::volume::engine::{
+    Io, IoKind, Lane, Op, Payload, PayloadFault, Reporter, Volume, perform,
+};
 use vhost_blk::volume::geometry::{BLOCK_LEN, FANOUT, Geometry};
 use vhost_blk::volume::map::{PAGE_COST, pages_of};
 use vhost_blk::volume::recover::recover_with;
@@ -165,53 +167,33 @@ impl Filler<'_> {
     /// Whether it ended: if not, it waits for room in the log.
     fn request(&mut self, op: Op) -> Result<bool> {
         self.lane.submit(op, Noise(0));
-        self.drive()?;
+        self.drive();
         match self.lane.next_done() {
             Some(done) => done.result.context("filling the log").map(|()| true),
             None => Ok(false),
         }
     }
 
-    fn drive(&mut self) -> Result<()> {
+    fn drive(&mut self) {
         loop {
             self.lane.on_wake();
             self.lane.turn();
-            let Some(mut io) = self.lane.next_io() else {
-                return Ok(());
+            let Some(io) = self.lane.next_io() else {
+                return;
             };
-            let backing = self.backing;
-            let moved = match &mut io.kind {
-                IoKind::Write { offset, .. } if *offset < COPIES[1] + COPY_LEN as u64 => {
+            if let IoKind::Write { offset, buffer, .. } = &io.kind {
+                if *offset < COPIES[1] + COPY_LEN as u64 {
                     self.hung.push(io);
                     continue;
                 }
-                IoKind::Read {
-                    offset,
-                    skip,
-                    buffer,
-                } => {
-                    let part = &mut buffer[*skip..];
-                    backing.read_at(*offset, part).map(|()| part.len())
+                let log = self.geometry.log_slot(0).offset();
+                let log_len = self.geometry.log_blocks() * BLOCK_LEN as u64;
+                if (log..log + log_len).contains(offset) {
+                    self.logged += buffer.len() as u64;
                 }
-                IoKind::Write {
-                    offset,
-                    skip,
-                    buffer,
-                } => {
-                    let part = &buffer[*skip..];
-                    let log = self.geometry.log_slot(0).offset();
-                    let log_len = self.geometry.log_blocks() * BLOCK_LEN as u64;
-                    if (log..log + log_len).contains(offset) {
-                        self.logged += part.len() as u64;
-                    }
-                    backing.write_at(*offset, part).map(|()| part.len())
-                }
-                IoKind::Sync(_) => backing.sync().map(|()| 0),
-                IoKind::Allocate { offset, len } => backing.allocate(*offset, *len).map(|()| 0),
-                IoKind::Punch { offset, len } => backing.punch(*offset, *len).map(|()| 0),
-            };
-            let moved = i32::try_from(moved.context("the volume's file")?).unwrap_or(i32::MAX);
-            self.lane.on_io(io.id, moved, io.kind.into_buffer());
+            }
+            let (result, kind) = perform(io.kind, self.backing);
+            self.lane.on_io(io.id, result, kind.into_buffer());
         }
     }
 }

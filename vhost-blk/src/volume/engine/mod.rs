@@ -35,6 +35,7 @@ pub use self::rehome::PART_BLOCKS;
 pub use self::request::{Done, Io, IoKind, Op, Payload, PayloadFault, Rehoming};
 #[cfg(test)]
 pub(crate) use self::volume::drive;
+pub use self::volume::perform;
 pub use self::volume::{Shared, Volume, VolumeError};
 
 use super::buffer::Buffer;

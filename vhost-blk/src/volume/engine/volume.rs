@@ -207,8 +207,9 @@ pub(crate) fn drive<P: Payload>(lane: &mut Lane<P>, backing: &dyn Backing) {
     }
 }
 
-/// One operation, with its result as io_uring would give it.
-fn perform(mut kind: IoKind, backing: &dyn Backing) -> (i32, IoKind) {
+/// Performs one operation with blocking calls. Its result is as io_uring would give it: bytes moved
+/// or the negated errno.
+pub fn perform(mut kind: IoKind, backing: &dyn Backing) -> (i32, IoKind) {
     let (moved, result) = match &mut kind {
         IoKind::Read {
             offset,
