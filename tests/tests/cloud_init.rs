@@ -81,7 +81,16 @@ fn a_stock_cloud_init_takes_name_key_and_user_data_from_the_spec_of_the_vm() {
     assert_eq!(in_root("cat /etc/ran").trim(), "ran on web7");
     let addresses = in_root("ip addr show dev eth0");
     assert!(addresses.contains("inet 10.0.2.15/24"), "{addresses}");
-    assert!(addresses.contains("inet6 fd00:0:0:2::15"), "{addresses}");
+    let leases = in_root("cat /var/lib/dhcp/dhclient6.eth0.leases");
+    let leased = leases
+        .split_once("iaaddr ")
+        .and_then(|(_, rest)| rest.split_once(' '))
+        .map_or_else(
+            || panic!("no address by DHCPv6: {leases}"),
+            |(address, _)| address,
+        );
+    assert!(leased.starts_with("fd00::2:5054:ff:fe"), "{leased}");
+    assert!(addresses.contains(leased), "{leased}: {addresses}");
 
     // A C library finds names in the search domain that the lease has.
     let server = Dnsmasq::start();

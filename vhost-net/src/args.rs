@@ -140,8 +140,8 @@ pub struct InterfaceArgs {
     /// The network's IPv6 prefix, 64 bits long
     #[arg(long, value_name = "PREFIX", default_value = "fd00:0:0:2::")]
     pub ipv6_prefix: Ipv6Addr,
-    /// The guest's IPv6 address, of that prefix; if left out ::15, or on a private network the IPv4
-    /// address in the last 32 bits
+    /// The guest's IPv6 address, of that prefix; if left out the one that a guest without DHCPv6 makes
+    /// of it and its hardware address (RFC 4291, appendix A)
     #[arg(long, value_name = "ADDRESS", conflicts_with = "no_ipv6")]
     pub ipv6_address: Option<Ipv6Addr>,
     /// No IPv6
@@ -177,10 +177,6 @@ impl InterfaceArgs {
         let mask = u32::MAX.checked_shl(shift).unwrap_or(0);
         let nth = |n: u32| Ipv4Addr::from_bits((address.to_bits() & mask) + n);
         let prefix = self.ipv6_prefix.to_bits() & !u128::from(u64::MAX);
-        let own = match &self.network {
-            Some(_) => u128::from(address.to_bits()),
-            None => 0x15,
-        };
         let [.., a, b, c] = self.mac.0;
         Spec {
             mac: self.mac,
@@ -195,7 +191,7 @@ impl InterfaceArgs {
             v6: (!self.no_ipv6).then(|| Ipv6 {
                 address: self
                     .ipv6_address
-                    .unwrap_or(Ipv6Addr::from_bits(prefix | own)),
+                    .unwrap_or(Ipv6Addr::from_bits(prefix | eui_64(self.mac))),
                 prefix: Ipv6Addr::from_bits(prefix),
                 gateway: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2),
                 dns: Ipv6Addr::from_bits(prefix | 3),
@@ -210,6 +206,15 @@ impl InterfaceArgs {
             },
         }
     }
+}
+
+/// The interface identifier of a hardware address: RFC 4291, appendix A.
+///
+/// DHCPv6 gives out what autoconfiguration would choose, so that names and published ports lead to a
+/// guest that has no DHCPv6 client, too.
+fn eui_64(mac: EthernetAddress) -> u128 {
+    let [a, b, c, d, e, f] = mac.0;
+    u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]).into()
 }
 
 fn mac(text: &str) -> Result<EthernetAddress, String> {
@@ -300,7 +305,9 @@ mod tests {
     fn without_options_the_network_is_the_one_that_guests_of_qemu_know() {
         let own = spec("");
         let usual = Spec::default();
-        assert_eq!((own.v4, own.v6, own.mac), (usual.v4, usual.v6, usual.mac));
+        assert_eq!((own.v4, own.mac), (usual.v4, usual.mac));
+        let (own, usual) = (own.v6.unwrap(), usual.v6.unwrap());
+        assert_eq!((own.prefix, own.gateway), (usual.prefix, usual.gateway));
     }
 
     #[test]
@@ -312,16 +319,13 @@ mod tests {
     }
 
     #[test]
-    fn on_a_private_network_ipv6_addresses_differ_as_ipv4_ones_do() {
+    fn the_ipv6_address_is_the_one_that_autoconfiguration_makes_unless_one_is_named() {
         let v6 = |args: &str| spec(args).v6.unwrap().address;
         let address = |text: &str| text.parse::<Ipv6Addr>().unwrap();
-        assert_eq!(v6("--ipv4 10.0.2.16/24"), address("fd00:0:0:2::15"));
-        let on = "--network /run/lan --ipv4 10.0.2.16/24";
-        assert_eq!(v6(on), address("fd00:0:0:2::a00:210"));
-        assert_eq!(
-            v6(&format!("{on} --ipv6-address fd00:0:0:2::7")),
-            address("fd00:0:0:2::7")
-        );
+        assert_eq!(v6(""), address("fd00:0:0:2:5054:ff:fe12:3456"));
+        let named = "--mac 36:56:78:9a:bc:de --ipv6-prefix 2001:db8:1:2::";
+        assert_eq!(v6(named), address("2001:db8:1:2:3456:78ff:fe9a:bcde"));
+        assert_eq!(v6("--ipv6-address fd00:0:0:2::7"), address("fd00:0:0:2::7"));
     }
 
     #[test]
