@@ -27,6 +27,13 @@ impl Dnsmasq {
     /// When it does not; `.ci/install-packages` installs it.
     #[must_use]
     pub fn start() -> Self {
+        // A port that is free for datagrams may be somebody's for TCP.
+        let started = (0..10).find_map(|_| Self::try_start());
+        started.expect("a dnsmasq that stays")
+    }
+
+    /// None if it gave up.
+    fn try_start() -> Option<Self> {
         let free = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let address = free.local_addr().expect("bound");
         drop(free);
@@ -43,7 +50,7 @@ impl Dnsmasq {
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
         let child = command.stdout(Stdio::null()).spawn().expect("dnsmasq");
-        let server = Self { child, address };
+        let mut server = Self { child, address };
         let asker = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let wait = Some(Duration::from_millis(200));
         asker.set_read_timeout(wait).expect("a socket");
@@ -52,7 +59,10 @@ impl Dnsmasq {
         loop {
             let _ = asker.send_to(&question, address);
             if asker.recv(&mut [0; 512]).is_ok() {
-                return server;
+                return Some(server);
+            }
+            if let Ok(Some(_)) = server.child.try_wait() {
+                return None;
             }
             assert!(Instant::now() < end, "dnsmasq does not answer");
         }
