@@ -26,6 +26,7 @@
 //! # Core dumps
 //! Mappings are marked `MADV_DONTDUMP`: what a guest has in memory is nobody's business.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -147,6 +148,17 @@ impl RegionInfo {
         Ok(())
     }
 
+    /// Whether it is what REM_MEM_REG names by these; the offset in the file means nothing there.
+    fn is_at(&self, guest_phys_addr: u64, size: u64, userspace_addr: u64) -> bool {
+        self.guest_phys_addr == guest_phys_addr
+            && self.size == size
+            && self.userspace_addr == userspace_addr
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        self.is_at(other.guest_phys_addr, other.size, other.userspace_addr)
+    }
+
     /// Whether the two share a guest physical or a frontend address. Both were checked.
     fn overlaps(&self, other: &Self) -> bool {
         let meet = |a: u64, b: u64| a < b + other.size && b < a + self.size;
@@ -201,6 +213,8 @@ pub(crate) fn dont_dump(mapping: &MmapRegion<()>) {
 pub struct MemoryMap {
     /// In no particular order; a handful.
     regions: Vec<RegionInfo>,
+    /// Those that were removed last and not added again, oldest first: see [`Self::was_removed`].
+    removed: VecDeque<RegionInfo>,
     memory: Arc<GuestMemory>,
 }
 
@@ -248,6 +262,7 @@ impl MemoryMap {
             .map_err(|_| overlaps(info.guest_phys_addr))?;
         self.memory = Arc::new(memory);
         self.regions.push(info);
+        self.removed.retain(|removed| !removed.is_same(&info));
         Ok(())
     }
 
@@ -269,18 +284,27 @@ impl MemoryMap {
         let place = self
             .regions
             .iter()
-            .position(|r| {
-                r.guest_phys_addr == guest_phys_addr
-                    && r.size == size
-                    && r.userspace_addr == userspace_addr
-            })
+            .position(|r| r.is_at(guest_phys_addr, size, userspace_addr))
             .ok_or_else(unknown)?;
         let (memory, _) = self
             .memory
             .remove_region(GuestAddress(guest_phys_addr), size)
             .map_err(|_| unknown())?;
         self.memory = Arc::new(memory);
-        Ok(self.regions.swap_remove(place))
+        let gone = self.regions.swap_remove(place);
+        if self.removed.len() >= REGIONS_MAX {
+            self.removed.pop_front();
+        }
+        self.removed.push_back(gone);
+        Ok(gone)
+    }
+
+    /// Whether there was a region that [`Self::remove`] has forgotten, and that did not come back: a
+    /// frontend that says once more that it is gone is right. Remembered are the last
+    /// [`REGIONS_MAX`].
+    #[must_use]
+    pub fn was_removed(&self, info: &RegionInfo) -> bool {
+        self.removed.iter().any(|removed| removed.is_same(info))
     }
 
     /// The memory as it is now.

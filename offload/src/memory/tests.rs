@@ -91,6 +91,37 @@ fn a_removed_region_stays_usable_for_whoever_still_holds_it() {
 }
 
 #[test]
+fn what_was_removed_is_known_until_it_comes_back_and_not_for_ever() {
+    let mut map = MemoryMap::new();
+    let fd = memfd(0x1000);
+    let add = |map: &mut MemoryMap, at: u64| {
+        map.add(info(at, 0x1000), fd.try_clone().unwrap()).unwrap();
+    };
+    let remove = |map: &mut MemoryMap, at: u64| {
+        let gone = info(at, 0x1000);
+        map.remove(at, 0x1000, gone.userspace_addr).unwrap();
+    };
+    add(&mut map, 0);
+    assert!(!map.was_removed(&info(0, 0x1000)));
+    remove(&mut map, 0);
+    let elsewhere_in_its_file = RegionInfo {
+        mmap_offset: 0x1000,
+        ..info(0, 0x1000)
+    };
+    assert!(map.was_removed(&info(0, 0x1000)) && map.was_removed(&elsewhere_in_its_file));
+    assert!(!map.was_removed(&info(0, 0x2000)));
+    add(&mut map, 0);
+    assert!(!map.was_removed(&info(0, 0x1000)));
+    remove(&mut map, 0);
+    for at in 1..=REGIONS_MAX as u64 {
+        assert!(map.was_removed(&info(0, 0x1000)));
+        add(&mut map, at * 0x1000);
+        remove(&mut map, at * 0x1000);
+    }
+    assert!(!map.was_removed(&info(0, 0x1000)));
+}
+
+#[test]
 fn a_region_shows_what_the_file_holds_at_its_offset() {
     let fd = memfd(0x3000);
     rustix::io::pwrite(&fd, b"hello", 0x2000).unwrap();

@@ -277,6 +277,8 @@ impl<'a, D: Device, Q: Queue> Connection<'a, D, Q> {
                 self.memory.add(region, fd)?;
                 self.protocol.memory_changed(self.memory.regions());
             }
+            // And once for each pair that it is gone.
+            Action::RemoveRegion(region) if self.memory.was_removed(&region) => {}
             Action::RemoveRegion(region) => {
                 self.memory
                     .remove(region.guest_phys_addr, region.size, region.userspace_addr)?;

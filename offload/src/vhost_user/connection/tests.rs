@@ -377,13 +377,21 @@ fn memory_may_come_after_the_ring_and_leave_before_it() {
         running.as_ref().map(|ring| ring.memory.num_regions())
     };
     assert_eq!(regions(&house), Some(2));
-    assert!(raw.is_accepted(R::REM_MEM_REG, &more, &[]));
-    assert_eq!(regions(&house), Some(1));
+    // It goes, and as often as QEMU 7.2 says so for the other pairs.
+    for _ in 0..2 {
+        assert!(raw.is_accepted(R::REM_MEM_REG, &more, &[]));
+        assert_eq!(regions(&house), Some(1));
+    }
     house.queues[0].bases.lock().unwrap().push_back(42);
     assert!(raw.is_accepted(R::REM_MEM_REG, &region_body(&guest.ram().region()), &[]));
     assert!(!house.is_running(0));
-    // Not there any more.
-    assert!(!raw.is_accepted(R::REM_MEM_REG, &region_body(&guest.ram().region()), &[]));
+    // Gone already, and never there.
+    assert!(raw.is_accepted(R::REM_MEM_REG, &region_body(&guest.ram().region()), &[]));
+    let never = RegionInfo {
+        size: 0x2000,
+        ..guest.ram().region()
+    };
+    assert!(!raw.is_accepted(R::REM_MEM_REG, &region_body(&never), &[]));
     assert!(add_memory(&raw, &guest));
     let running = house.queues[0].running.lock().unwrap();
     assert_eq!(running.as_ref().unwrap().base, 42);
