@@ -174,12 +174,45 @@ impl Vm {
                 command.arg("--qemu-data").arg(dir);
             }
         }
+        Self::of(command)
+    }
+
+    /// Starts QEMU itself on a guest whose only disk is what a card serves at `socket`; QEMU does not
+    /// come back to a card that ends. What is said of the shim here is then true of QEMU.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn on_card(lab: &Lab, socket: &Path) -> Self {
+        let qemu = std::env::var_os("OFFLOAD_QEMU");
+        let mut command = Command::new(qemu.unwrap_or_else(|| "qemu-system-x86_64".into()));
+        let data = std::env::var_os("OFFLOAD_QEMU_DATA").unwrap_or_default();
+        for dir in std::env::split_paths(&data).filter(|d| !d.as_os_str().is_empty()) {
+            command.arg("-L").arg(dir);
+        }
+        command
+            .args(["-machine", "q35,memory-backend=mem", "-accel", "tcg"])
+            .args(["-cpu", "max", "-m", "256M", "-display", "none"])
+            .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .arg("-kernel")
+            .arg(lab.path("vmlinuz"))
+            .arg("-initrd")
+            .arg(lab.path("initrd"))
+            .args(["-append", CMDLINE])
+            .args(["-chardev", &format!("socket,id=card,path={}", text(socket))])
+            .args(["-device", "vhost-user-blk-pci,chardev=card,num-queues=1"])
+            .args(["-serial", "stdio"]);
+        Self::of(command)
+    }
+
+    fn of(mut command: Command) -> Self {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .expect("host-shim starts");
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let console = Text::follow(child.stdout.take().expect("piped"));
         let log = Text::follow(child.stderr.take().expect("piped"));
         Self {

@@ -6,6 +6,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`binaries`] | the binaries under test, built if they are not |
+//! | [`card`] | a card on its own, without a shim |
 //! | [`lab`] | a temporary folder with keys and volumes, and the `vhost-blk` commands on them |
 //! | [`guest`] | a running VM, and conversations with it |
 //! | [`names`] | name servers of the host's |
@@ -18,6 +19,7 @@
 //! what is random; a failed test says which seed it had.
 
 pub mod binaries;
+pub mod card;
 pub mod guest;
 pub mod lab;
 pub mod names;

@@ -38,39 +38,33 @@ pub fn disk_with(lab: &Lab, program: &str) -> Option<Volume> {
         let name = library.file_name().expect("a library has a name");
         copy(library, &tree.join(name));
     }
-    let image = lab.path("tools.raw");
-    let mut mke2fs = Command::new("mke2fs");
-    mke2fs.env(
-        "PATH",
-        format!(
-            "{}:/sbin:/usr/sbin",
-            std::env::var("PATH").unwrap_or_default()
-        ),
-    );
-    mke2fs.args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"]);
-    succeeds(
-        mke2fs
-            .arg(&tree)
-            .arg(&image)
-            .arg("160M")
-            .output()
-            .expect("mke2fs runs"),
-    );
-    let key = lab.key("tools.key");
-    let volume = Volume {
-        path: lab.path("tools.vol"),
-        key,
-    };
-    blk_ok(&[
-        "import",
-        "--key-file",
-        text(&volume.key),
-        text(&image),
-        text(&volume.path),
-    ]);
-    std::fs::remove_file(&image).expect("it is ours");
+    let volume = volume_with(lab, "tools", &tree, "160M");
     std::fs::remove_dir_all(&tree).expect("it is ours");
     Some(volume)
+}
+
+/// A sealed volume `NAME.vol` with an ext4 file system of `size`, as mke2fs takes it, that holds what is
+/// in the folder `tree`.
+///
+/// # Panics
+/// When it cannot be made.
+#[must_use]
+pub fn volume_with(lab: &Lab, name: &str, tree: &Path, size: &str) -> Volume {
+    let image = lab.path(&format!("{name}.raw"));
+    let mut mke2fs = Command::new("mke2fs");
+    let path = std::env::var("PATH").unwrap_or_default();
+    mke2fs.env("PATH", format!("{path}:/sbin:/usr/sbin"));
+    mke2fs.args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"]);
+    mke2fs.arg(tree).arg(&image).arg(size);
+    succeeds(mke2fs.output().expect("mke2fs runs"));
+    let volume = Volume {
+        path: lab.path(&format!("{name}.vol")),
+        key: lab.key(&format!("{name}.key")),
+    };
+    let (key, path) = (text(&volume.key), text(&volume.path));
+    blk_ok(&["import", "--key-file", key, text(&image), path]);
+    std::fs::remove_file(&image).expect("it is ours");
+    volume
 }
 
 /// The command line that runs `program` of the disk mounted at [`MOUNT`].

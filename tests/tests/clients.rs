@@ -1,60 +1,16 @@
 //! Another frontend than QEMU: libblkio's virtio-blk driver, without a guest.
 
 use std::mem::MaybeUninit;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
-use offload_tests::binaries::binary;
+use offload_tests::card::Card;
 use offload_tests::guest::PATIENCE;
-use offload_tests::lab::{Lab, Volume, text};
+use offload_tests::lab::{Lab, text};
 use offload_tests::stamp::{Found, SECTOR_LEN, fill, find};
 
 const LEN: usize = 256 << 10;
-
-const NOBODY: u32 = 65534;
-
-fn socket(lab: &Lab) -> PathBuf {
-    lab.path("card").join("sock")
-}
-
-/// A card on its own, killed if a test fails.
-struct Card(Child);
-
-impl Card {
-    fn start(lab: &Lab, volume: &Volume) -> Self {
-        let mut command = Command::new(binary("vhost-blk"));
-        command
-            .arg("serve")
-            .args(["--socket-path", text(&socket(lab))])
-            .args(["--volume", text(&volume.path)])
-            .args(["--key-file", text(&volume.key)]);
-        // It removes its socket in the end, as whoever it has become by then.
-        let folder = lab.path("card");
-        std::fs::create_dir(&folder).expect("room");
-        if rustix::process::geteuid().is_root() {
-            command.args(["--user", &format!("{NOBODY}:{NOBODY}")]);
-            std::os::unix::fs::chown(&folder, Some(NOBODY), Some(NOBODY)).expect("root may");
-        }
-        Self(command.spawn().expect("vhost-blk starts"))
-    }
-
-    fn terminate(mut self) {
-        let pid = rustix::process::Pid::from_child(&self.0);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
-        let status = self.0.wait().expect("it ends");
-        assert!(status.success(), "{status}");
-    }
-}
-
-impl Drop for Card {
-    fn drop(&mut self) {
-        // Fails if it has ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 struct Client {
     queue: Blkioq,
@@ -127,8 +83,8 @@ impl Client {
 fn libblkio_writes_leaves_and_finds_its_data_when_it_is_back() {
     let lab = Lab::without_guest();
     let volume = lab.volume("data.vol", "16M");
-    let card = Card::start(&lab, &volume);
-    let socket = socket(&lab);
+    let card = Card::start(&lab, &volume, &["sock"], &[]);
+    let socket = card.socket("sock");
     let at = 3 * LEN as u64;
     let first = at / SECTOR_LEN as u64;
 
