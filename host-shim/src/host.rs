@@ -203,11 +203,23 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-fn run_dir(spec: &VmSpec) -> Result<PathBuf, HostError> {
-    if let Some(dir) = &spec.run_dir {
-        return Ok(dir.clone());
+/// The run directory of a VM.
+///
+/// # Errors
+/// [`HostError::NoRuntimeDir`].
+pub fn run_dir(spec: &VmSpec) -> Result<PathBuf, HostError> {
+    match &spec.run_dir {
+        Some(dir) => Ok(dir.clone()),
+        None => default_run_dir(&spec.name),
     }
-    Ok(runtime_dir()?.join("offload").join(&spec.name))
+}
+
+/// The run directory of a VM of this name whose spec names none.
+///
+/// # Errors
+/// [`HostError::NoRuntimeDir`].
+pub fn default_run_dir(name: &str) -> Result<PathBuf, HostError> {
+    Ok(runtime_dir()?.join("offload").join(name))
 }
 
 /// Not in the run directory, which is one VM's.

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use host_shim::accel;
 
 mod demo;
+mod resize;
 mod run;
 
 /// Plans, starts and supervises offload cards and QEMU.
@@ -24,6 +25,11 @@ enum Command {
     /// Its console is on standard output and input. SIGINT and SIGTERM (and control-] where the
     /// console is a terminal) ask the guest to power off; a second one makes QEMU quit.
     Run(run::RunArgs),
+    /// Make a disk of a VM that runs larger; its guest sees the new size at once.
+    ///
+    /// What is on the disk grows with the guest's own commands, like resize2fs. Disks do not shrink.
+    /// Exit status 1: the card refuses.
+    Resize(resize::ResizeArgs),
     /// Show the whole path: a sealed volume, a guest on it, and what an attacker gets.
     ///
     /// Installs the Debian packages it needs (and says which), builds the card if this is run from
@@ -40,6 +46,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Resize(args) => resize::resize(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::ProbeKvm { json } => probe_kvm(json),
     };

@@ -40,6 +40,15 @@ mod tests;
 /// Longest path a Unix socket can have: `sun_path` is 108 bytes with its terminating zero.
 pub const SOCKET_PATH_MAX_BYTES: usize = 107;
 
+/// What a card's control socket is called in its folder.
+pub const CONTROL_SOCKET: &str = "control.sock";
+
+/// What the card of disk `index` is called, in logs and as a folder of the run directory.
+#[must_use]
+pub fn disk_label(index: usize) -> String {
+    format!("disk{index}")
+}
+
 /// Why a spec cannot be turned into a plan on this host.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlanError {
@@ -211,7 +220,7 @@ pub fn plan(spec: &VmSpec, env: &Env) -> Result<Plan, PlanError> {
 
 fn block_card(index: usize, disk: &Disk, env: &Env) -> Result<CardPlan, PlanError> {
     let program = env.card.as_ref().ok_or(PlanError::NoBlockCard)?;
-    card(format!("disk{index}"), program, env, |line| {
+    card(disk_label(index), program, env, |line| {
         line.path("--volume", &disk.volume)?;
         match &disk.key {
             KeySource::KeyFile(path) => line.path("--key-file", path)?,
@@ -221,6 +230,9 @@ fn block_card(index: usize, disk: &Disk, env: &Env) -> Result<CardPlan, PlanErro
         line.option("--queues", disk.queues);
         line.maybe("--queue-size", disk.queue_size);
         line.maybe("--serial", disk.serial.as_ref());
+        for (option, value) in &disk.limits {
+            line.option(&format!("--{option}"), value);
+        }
         if disk.read_only {
             line.0.push("--read-only".to_owned());
         }
@@ -249,6 +261,7 @@ fn net_card(index: usize, nic: &Nic, env: &Env) -> Result<CardPlan, PlanError> {
             Some(prefix) => line.option("--ipv6-prefix", prefix),
             None => line.0.push("--no-ipv6".to_owned()),
         }
+        line.maybe("--ipv6-address", nic.ipv6_address);
         line.option("--mtu", nic.mtu);
         line.maybe("--hostname", nic.hostname.as_ref());
         line.maybe("--domain", nic.domain.as_ref());
@@ -325,7 +338,7 @@ fn card(
 ) -> Result<CardPlan, PlanError> {
     let dir = env.run_dir.join(&label);
     let socket_path = socket(&dir, "vhost.sock")?;
-    let control_socket = socket(&dir, "control.sock")?;
+    let control_socket = socket(&dir, CONTROL_SOCKET)?;
     let mut line = Line(vec!["serve".to_owned()]);
     line.path("--socket-path", &socket_path)?;
     own(&mut line)?;

@@ -15,6 +15,8 @@
 //! key-file = "root.key"       # or passphrase-file
 //! serial = "vol0123456789abcdef0"
 //! queues = 2
+//! iops = 3000                 # provisioned; with bps, bursts and io-size
+//! iops-burst = "10000:60"
 //!
 //! [[nic]]
 //! publish = ["8080:80"]       # a port of the host's loopback that leads into the guest
@@ -39,10 +41,12 @@ use miette::{Diagnostic, NamedSource, SourceSpan};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+mod limits;
 mod nic;
 #[cfg(test)]
 mod tests;
 
+use limits::{Amount, Limit};
 pub use nic::{FlowLog, Ipv4Net, Nic, Traffic};
 
 /// Longest serial virtio-blk can hand to a guest (virtio 1.3, 5.2.6: `VIRTIO_BLK_T_GET_ID`).
@@ -140,6 +144,8 @@ pub struct Disk {
     pub queues: u16,
     /// Descriptors a virtqueue, a power of two.
     pub queue_size: Option<u16>,
+    /// Options of limits and their values, as the card takes them: `iops`, `3000`.
+    pub limits: Vec<(&'static str, String)>,
 }
 
 /// A virtual machine, checked.
@@ -210,6 +216,11 @@ struct RawDisk {
     serial: Option<Spanned<String>>,
     queues: Option<Spanned<u16>>,
     queue_size: Option<Spanned<u16>>,
+    iops: Option<Spanned<Amount>>,
+    iops_burst: Option<Spanned<Amount>>,
+    bps: Option<Spanned<Amount>>,
+    bps_burst: Option<Spanned<Amount>>,
+    io_size: Option<Spanned<Amount>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -252,6 +263,13 @@ pub fn parse_size(text: &str) -> Option<u64> {
         _ => return None,
     };
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Whether a text can name a VM, which becomes a folder of the run directory.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=64).contains(&text.len()) && text.chars().all(plain) && !text.starts_with(['.', '-'])
 }
 
 struct Checker<'a> {
@@ -331,11 +349,7 @@ impl Checker<'_> {
 
     fn name(&self, name: &Spanned<String>) -> Result<String, Box<SpecError>> {
         let text = name.get_ref();
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if !(1..=64).contains(&text.len())
-            || !text.chars().all(plain)
-            || text.starts_with(['.', '-'])
-        {
+        if !is_name(text) {
             return Err(self.error(
                 Some(name.span()),
                 format!("`{text}` cannot name a VM"),
@@ -470,6 +484,23 @@ impl Checker<'_> {
                 ));
             }
         }
+        let mut limits = self.limits(&[
+            Limit {
+                name: "iops",
+                amount: &disk.iops,
+                burst_name: "iops-burst",
+                burst: &disk.iops_burst,
+            },
+            Limit {
+                name: "bps",
+                amount: &disk.bps,
+                burst_name: "bps-burst",
+                burst: &disk.bps_burst,
+            },
+        ])?;
+        if let Some(size) = &disk.io_size {
+            limits.push(("io-size", self.io_size(size, disk.iops.is_some())?));
+        }
         Ok(Disk {
             volume: self.path(disk.volume.get_ref()),
             key,
@@ -477,6 +508,7 @@ impl Checker<'_> {
             serial,
             queues,
             queue_size: disk.queue_size.as_ref().map(|s| *s.get_ref()),
+            limits,
         })
     }
 

@@ -97,6 +97,21 @@ fn the_plan_for_a_disk_boot_without_root_is_as_recorded() {
 }
 
 #[test]
+fn what_a_disk_may_use_and_an_interfaces_ipv6_address_are_told_to_their_cards() {
+    let text = SPEC.replace(
+        "queues = 1",
+        "queues = 1\niops = 3000\niops-burst = '9000:5'\nbps = '125M'\nio-size = '16K'",
+    ) + "[[nic]]\nipv6-address = 'fd00:0:0:2::15'\n";
+    let plan = plan(&spec(&text), &env(7, 2)).unwrap();
+    let line = |card: usize| plan.cards[card].process.args.join(" ");
+    assert!(!line(0).contains("--iops"), "{}", line(0));
+    let limits = "--iops 3000 --iops-burst 9000:5 --bps 125M --io-size 16K";
+    assert!(line(1).contains(limits), "{}", line(1));
+    let address = "--ipv6-address fd00:0:0:2::15";
+    assert!(line(2).contains(address), "{}", line(2));
+}
+
+#[test]
 fn auto_without_a_probe_is_an_error_and_not_a_guess() {
     let mut env = env(7, 2);
     env.kvm = None;

@@ -15,11 +15,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+use super::limits::Amount;
 use super::{Checker, SpecError};
 
 mod traffic;
 
-use traffic::Amount;
 pub use traffic::{FlowLog, Traffic};
 
 /// Bytes of an IP packet that an interface may be asked to carry.
@@ -28,6 +28,9 @@ const MTU: std::ops::RangeInclusive<u16> = 1280..=65520;
 const MTU_DEFAULT: u16 = 9001;
 /// Queue pairs that a card has at most.
 const QUEUE_PAIRS: std::ops::RangeInclusive<u16> = 1..=8;
+/// What the guest's address in its IPv6 prefix cannot end in: the anycast address of all routers
+/// (RFC 4291, 2.6.1), the card's as router and as name server.
+const RESERVED_V6: std::ops::RangeInclusive<u128> = 0..=3;
 /// Most interfaces: the networks given out are numbered in one byte, and slots are few.
 const NICS_MAX: usize = 16;
 
@@ -55,6 +58,8 @@ pub struct Nic {
     pub dns: Option<Ipv4Addr>,
     /// The network's IPv6 prefix, 64 bits long; `None`: no IPv6.
     pub ipv6_prefix: Option<Ipv6Addr>,
+    /// The guest's address in it; the one that autoconfiguration makes of `mac` without it.
+    pub ipv6_address: Option<Ipv6Addr>,
     /// Bytes of an IP packet.
     pub mtu: u16,
     /// What the guest is called.
@@ -90,6 +95,7 @@ pub(super) struct RawNic {
     gateway: Option<Spanned<String>>,
     dns: Option<Spanned<String>>,
     ipv6_prefix: Option<Spanned<String>>,
+    ipv6_address: Option<Spanned<String>>,
     no_ipv6: Option<Spanned<bool>>,
     mtu: Option<Spanned<u16>>,
     hostname: Option<Spanned<String>>,
@@ -218,6 +224,10 @@ impl Checker<'_> {
                 Some(Ipv6Addr::new(0xfd00, 0, 0, subnet, 0, 0, 0, 0))
             }
         };
+        let ipv6_address = raw.ipv6_address.as_ref();
+        let ipv6_address = ipv6_address
+            .map(|text| self.in_prefix(text, ipv6_prefix))
+            .transpose()?;
         Ok(Nic {
             network,
             mac,
@@ -225,6 +235,7 @@ impl Checker<'_> {
             gateway: v4(&raw.gateway)?,
             dns: v4(&raw.dns)?,
             ipv6_prefix,
+            ipv6_address,
             mtu: self.ranged(raw.mtu.as_ref(), "mtu", &MTU)?.unwrap_or(MTU_DEFAULT),
             hostname: match &raw.hostname {
                 Some(name) => Some(self.host_name(name)?),
@@ -290,6 +301,32 @@ impl Checker<'_> {
                 format!("the card cannot have the address {address}"),
                 "of the network of ipv4, and not the guest's own",
                 Some("the guest reaches the card without a router"),
+            ));
+        }
+        Ok(address)
+    }
+
+    /// The guest's address in the interface's prefix, of which cards keep a few to themselves.
+    fn in_prefix(&self, text: &Spanned<String>, prefix: Option<Ipv6Addr>) -> Checked<Ipv6Addr> {
+        let address: Ipv6Addr = self.address(text, "an IPv6 address", "fd00:0:0:2::15")?;
+        let Some(prefix) = prefix else {
+            return Err(self.error(
+                Some(text.span()),
+                "ipv6-address and no-ipv6 exclude each other".to_owned(),
+                "this interface has no IPv6",
+                Some("leave one of the two out"),
+            ));
+        };
+        let host = address.to_bits() & u128::from(u64::MAX);
+        if address.to_bits() >> 64 != prefix.to_bits() >> 64 || RESERVED_V6.contains(&host) {
+            return Err(self.error(
+                Some(text.span()),
+                format!("the guest cannot have the address {address}"),
+                &format!(
+                    "of {prefix}/64, and behind its first {}",
+                    RESERVED_V6.end() + 1
+                ),
+                Some("set ipv6-prefix to the network that it is to be in"),
             ));
         }
         Ok(address)

@@ -249,6 +249,88 @@ fn what_an_interface_may_carry_and_what_is_logged_is_taken() {
 }
 
 #[test]
+fn what_a_disk_may_use_is_taken_as_the_card_takes_it() {
+    let disks = |text: &str| parse_text(text).unwrap().disks;
+    assert!(disks(GOOD).iter().all(|disk| disk.limits.is_empty()));
+    let text = GOOD.replace(
+        "queues = 1",
+        "queues = 1\niops = 3000\niops-burst = '10000:5'\nbps = '125M'\nbps-burst = '1G'\nio-size = '16K'",
+    );
+    let limits = [
+        ("iops", "3000"),
+        ("iops-burst", "10000:5"),
+        ("bps", "125M"),
+        ("bps-burst", "1G"),
+        ("io-size", "16K"),
+    ];
+    assert_eq!(
+        disks(&text)[1].limits,
+        limits.map(|(name, it)| (name, it.to_owned()))
+    );
+}
+
+#[test]
+fn what_a_disk_cannot_keep_to_is_refused_where_it_stands() {
+    for (to, says, at) in [
+        ("iops = 0", "not a number a second", "0"),
+        ("iops = '3K'", "not a number a second", "'3K'"),
+        ("iops = 20000000000", "to 17179869184", "20000000000"),
+        ("bps = '10MB'", "not a size a second", "'10MB'"),
+        ("bps = '0'", "not a size a second", "'0'"),
+        ("iops-burst = 10", "needs iops", "10"),
+        ("bps-burst = '1M'", "needs bps", "'1M'"),
+        ("iops = 10\niops-burst = 10", "not above iops", "10"),
+        (
+            "bps = '2M'\nbps-burst = '1024K:9'",
+            "not above bps",
+            "'1024K:9'",
+        ),
+        ("iops = 10\niops-burst = '20:0'", "not a burst", "'20:0'"),
+        ("iops = 10\niops-burst = '20:x'", "not a burst", "'20:x'"),
+        (
+            "iops = 10\niops-burst = '20:86401'",
+            "not a burst",
+            "'20:86401'",
+        ),
+        ("io-size = '16K'", "io-size needs iops", "'16K'"),
+        ("iops = 10\nio-size = 5000", "io-size = `5000`", "5000"),
+        ("iops = 10\nio-size = '32M'", "cannot be had", "'32M'"),
+        ("iops = -1", "expected a number, or a text", "-1"),
+        ("iop = 1", "unknown field", "iop"),
+    ] {
+        let (message, place) = refused("queues = 1", &format!("queues = 1\n{to}"));
+        assert!(message.contains(says), "{to}: {message}");
+        assert_eq!(place, at, "{to}: {message}");
+    }
+}
+
+#[test]
+fn an_interface_has_the_ipv6_address_of_its_prefix_that_it_is_given() {
+    let first = |more: &str| {
+        let text = GOOD.replacen("[[nic]]\n", &format!("[[nic]]\n{more}\n"), 1);
+        parse_text(&text).map(|spec| spec.nics[0].ipv6_address)
+    };
+    assert_eq!(first("").unwrap(), None);
+    let address = first("ipv6-address = 'fd00:0:0:2::15'").unwrap().unwrap();
+    assert_eq!(address.to_string(), "fd00:0:0:2::15");
+    let own = "ipv6-prefix = '2001:db8:1:2::'\nipv6-address = '2001:db8:1:2::f'";
+    assert!(first(own).unwrap().is_some());
+    for (more, says) in [
+        ("ipv6-address = '10.0.2.15'", "not an IPv6 address"),
+        ("ipv6-address = 'fd00:0:0:3::15'", "cannot have the address"),
+        ("ipv6-address = 'fd00:0:0:2::2'", "cannot have the address"),
+        ("ipv6-address = 'fd00:0:0:2::'", "cannot have the address"),
+        (
+            "no-ipv6 = true\nipv6-address = 'fd00:0:0:2::15'",
+            "ipv6-address and no-ipv6 exclude each other",
+        ),
+    ] {
+        let error = first(more).unwrap_err();
+        assert!(error.to_string().contains(says), "{more}: {error}");
+    }
+}
+
+#[test]
 fn an_interface_that_says_nothing_gets_what_is_its_own_and_the_same_each_time() {
     let nics = parse_text(GOOD).unwrap().nics;
     let first = &nics[0];

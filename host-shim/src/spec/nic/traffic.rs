@@ -1,14 +1,14 @@
 //! What an interface may carry, how its flows are followed, and what is written down of them.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use toml::Spanned;
 
-use super::super::{Checker, parse_size};
+use super::super::Checker;
+use super::super::limits::Limit;
 use super::{Checked, RawNic, parse_name};
 
 /// Most flows that may be tracked.
@@ -28,23 +28,6 @@ const KINDS: [&str; 8] = [
     "icmp",
     "other",
 ];
-
-/// A number, or a text like `100M` or `1G:60`.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-pub(super) enum Amount {
-    Number(u64),
-    Text(String),
-}
-
-impl fmt::Display for Amount {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Number(number) => number.fmt(f),
-            Self::Text(text) => text.fmt(f),
-        }
-    }
-}
 
 /// Where a flow log goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -76,28 +59,18 @@ pub struct Traffic {
 
 impl Checker<'_> {
     pub(super) fn traffic(&self, raw: &RawNic) -> Checked<Traffic> {
-        let mut limits = Vec::new();
-        for (name, amount, burst_name, burst) in [
-            ("rx-bps", &raw.rx_bps, "rx-bps-burst", &raw.rx_bps_burst),
-            ("rx-pps", &raw.rx_pps, "rx-pps-burst", &raw.rx_pps_burst),
-            ("tx-bps", &raw.tx_bps, "tx-bps-burst", &raw.tx_bps_burst),
-            ("tx-pps", &raw.tx_pps, "tx-pps-burst", &raw.tx_pps_burst),
-        ] {
-            let is_size = name.ends_with("bps");
-            if let Some(amount) = amount {
-                limits.push((name, self.amount(amount, is_size)?));
-            }
-            let Some(burst) = burst else { continue };
-            if amount.is_none() {
-                return Err(self.error(
-                    Some(burst.span()),
-                    format!("{burst_name} needs {name}"),
-                    "above which rate?",
-                    Some("credit for a burst is earned by using less than the limit"),
-                ));
-            }
-            limits.push((burst_name, self.burst(burst, is_size)?));
-        }
+        let limit = |name, amount, burst_name, burst| Limit {
+            name,
+            amount,
+            burst_name,
+            burst,
+        };
+        let limits = self.limits(&[
+            limit("rx-bps", &raw.rx_bps, "rx-bps-burst", &raw.rx_bps_burst),
+            limit("rx-pps", &raw.rx_pps, "rx-pps-burst", &raw.rx_pps_burst),
+            limit("tx-bps", &raw.tx_bps, "tx-bps-burst", &raw.tx_bps_burst),
+            limit("tx-pps", &raw.tx_pps, "tx-pps-burst", &raw.tx_pps_burst),
+        ])?;
         let mut flow_timeouts = BTreeMap::new();
         for (kind, seconds) in &raw.flow_timeouts {
             if !KINDS.contains(&kind.as_str()) {
@@ -164,46 +137,8 @@ impl Checker<'_> {
         Ok(Some(FlowLog {
             path: self.path(path),
             interval: interval.map(|it| *it.get_ref()),
-            size: size.map(|size| self.amount(size, true)).transpose()?,
+            size: size.map(|size| self.size(size)).transpose()?,
             keep: self.ranged(raw.flow_log_keep.as_ref(), "flow-log-keep", &KEPT)?,
         }))
     }
-
-    /// A rate, whose bounds are the card's to check.
-    fn amount(&self, amount: &Spanned<Amount>, is_size: bool) -> Checked<String> {
-        let text = amount.get_ref().to_string();
-        if is_rate(&text, is_size) {
-            return Ok(text);
-        }
-        let what = if is_size { "a size" } else { "a number" };
-        Err(self.error(
-            Some(amount.span()),
-            format!("`{text}` is not {what}"),
-            "here",
-            Some("bytes are like \"100M\" (powers of 1024), packets like 20000"),
-        ))
-    }
-
-    fn burst(&self, burst: &Spanned<Amount>, is_size: bool) -> Checked<String> {
-        let text = burst.get_ref().to_string();
-        let (rate, seconds) = text.split_once(':').unwrap_or((&text, "60"));
-        if is_rate(rate, is_size) && seconds.parse::<u32>().is_ok_and(|n| n > 0) {
-            return Ok(text);
-        }
-        Err(self.error(
-            Some(burst.span()),
-            format!("`{text}` is not a burst"),
-            "a rate, and for how many seconds",
-            Some("for example rx-bps-burst = \"1G:60\" or rx-pps-burst = \"50000:10\""),
-        ))
-    }
-}
-
-fn is_rate(text: &str, is_size: bool) -> bool {
-    let rate = if is_size {
-        parse_size(text)
-    } else {
-        text.parse().ok()
-    };
-    rate.is_some_and(|rate| rate > 0)
 }
