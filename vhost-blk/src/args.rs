@@ -289,7 +289,8 @@ pub struct ImportArgs {
     /// The new volume's key.
     #[command(flatten)]
     pub key: KeyArgs,
-    /// Format of the image; found out by qemu-img if left out
+    /// Format of the image as qemu-img names it; found out if left out. A sealed volume is only taken
+    /// for an image, with its sealed bytes for contents, as raw
     #[arg(long, value_name = "FORMAT")]
     pub format: Option<String>,
     /// Overwrite what is there

@@ -76,6 +76,47 @@ fn an_image_comes_back_as_it_was_and_stays_sparse() {
 }
 
 #[test]
+fn a_sealed_volume_is_no_image_unless_it_is_said_to_be() {
+    let files = Files::with_volume("16M");
+    let (key, volume, into) = (files.text("key"), files.text("volume"), files.text("into"));
+    let refused = || {
+        let said = fails(&["import", "--key-file", &key, &volume, &into], 1);
+        for part in ["sealed volume", "vhost-blk export", "--format raw"] {
+            assert!(said.contains(part), "{said}");
+        }
+        assert!(!files.path("into").exists());
+    };
+    refused();
+    // Overwriting is another thing to be sure of.
+    let said = fails(
+        &["import", "--force", "--key-file", &key, &volume, &into],
+        1,
+    );
+    assert!(said.contains("sealed volume"), "{said}");
+
+    // One copy of the header is enough to know it by.
+    let file = File::options()
+        .write(true)
+        .open(files.path("volume"))
+        .unwrap();
+    file.write_all_at(&[0; 4096], 0).unwrap();
+    refused();
+
+    let raw = [
+        "import",
+        "--format",
+        "raw",
+        "--key-file",
+        &key,
+        &volume,
+        &into,
+    ];
+    succeeds(&raw);
+    succeeds(&["export", "--key-file", &key, &into, &files.text("back")]);
+    assert!(same(&files.path("volume"), &files.path("back")));
+}
+
+#[test]
 fn an_image_of_an_odd_size_is_rounded_up_and_says_so() {
     let files = Files::new();
     image(&files.path("odd"), (3 << 20) + 700, &[(3 << 20, 700)]);

@@ -8,6 +8,9 @@
 //! from: a guest that writes such a header to the start of its raw disk would have the host's
 //! files imported. So a format that is only guessed from the image's first bytes is not followed
 //! to other files.
+//!
+//! A sealed volume has the length and the looks of a raw image too. Nobody who imports one wants its
+//! ciphertext for a disk, so that is only taken when the format is said to be raw.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -34,6 +37,7 @@ use crate::volume::engine::{Op, Volume};
 use crate::volume::geometry::SPARE_PERCENT;
 use crate::volume::geometry::{BLOCK_LEN, MIN_VOLUME_LEN};
 use crate::volume::recover::recover;
+use crate::volume::superblock::{COPIES, Superblock, SuperblockError};
 
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<()> {
     spare_the_key(&args.key, &args.volume)?;
@@ -131,6 +135,9 @@ impl Source {
         let guessed = guess_format(start.get(..got).unwrap_or_default());
         let format = args.format.as_deref().unwrap_or(guessed);
         if format == "raw" {
+            if args.format.is_none() {
+                refuse_sealed(&file, image)?;
+            }
             return Self::raw(file, None).with_context(failed);
         }
         if args.format.is_none() {
@@ -173,10 +180,35 @@ impl Source {
     }
 }
 
+/// A copy of a volume's header, of a version that is known or not, in either place.
+fn refuse_sealed(file: &File, image: &Path) -> anyhow::Result<()> {
+    for at in COPIES {
+        let mut block = [0; BLOCK_LEN];
+        let got = read_at(file, &mut block, at);
+        let got = got.with_context(|| format!("cannot read {}", image.display()))?;
+        let found = Superblock::claims(&block);
+        if got < BLOCK_LEN || matches!(found, Err(SuperblockError::NoMagic)) {
+            continue;
+        }
+        bail!(
+            "{} is a sealed volume, not a disk image. For another volume with its contents, `vhost-blk \
+             export` it with its key and import what that writes; for a copy under the same key, copy \
+             the file. If the disk is really to hold these sealed bytes, give --format raw",
+            image.display(),
+        );
+    }
+    Ok(())
+}
+
 fn read_start(file: &File, into: &mut [u8]) -> io::Result<usize> {
+    read_at(file, into, 0)
+}
+
+/// Reads until `into` is full or the file ends: how much there was.
+fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut got = 0;
     while let Some(rest) = into.get_mut(got..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, got as u64)? {
+        match file.read_at(rest, offset + got as u64)? {
             0 => break,
             n => got += n,
         }
