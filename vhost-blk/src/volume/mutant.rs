@@ -48,6 +48,8 @@ pub enum Mutant {
     TouchWithoutPin,
     /// A leaf that is not in memory is taken for holes instead of being read.
     MissIsHole,
+    /// The log is used again before the superblock that gives it up is durable.
+    EarlyLogFree,
     /// Partial writes do not have their block for themselves.
     SharedRanges,
 }

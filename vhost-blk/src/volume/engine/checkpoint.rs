@@ -165,7 +165,10 @@ impl Core {
         };
         // Leaves that were touched before may be touched anew.
         self.feed_starved();
-        let log_blocks = self.log_used;
+        let mut log_blocks = self.log_used;
+        if mutant::is(Mutant::EarlyLogFree) {
+            self.log_used -= std::mem::take(&mut log_blocks);
+        }
         self.checkpoint = Some(Checkpoint {
             superblock,
             replaced,
