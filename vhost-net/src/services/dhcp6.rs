@@ -36,7 +36,7 @@ pub const SERVER_PORT: u16 = 547;
 pub const CLIENT_PORT: u16 = 546;
 /// Where clients send: All_DHCP_Relay_Agents_and_Servers.
 pub const SERVERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2);
-/// Longest message taken. Options nest, and the decoder recurses: the length bounds the depth.
+/// Longest message taken.
 const MESSAGE_MAX: usize = 1500;
 /// Identity associations answered in one message.
 const ASSOCIATIONS_MAX: usize = 8;
@@ -132,10 +132,10 @@ impl Server<'_> {
         if bytes.len() > MESSAGE_MAX || matches!(bytes.first(), None | Some(12 | 13)) {
             return Err(Silence::Malformed);
         }
-        if !has_room_for_its_fields(bytes.get(4..).unwrap_or_default(), 0) {
-            return Err(Silence::Malformed);
-        }
-        let request = Message::decode(&mut Decoder::new(bytes)).map_err(|_| Silence::Malformed)?;
+        let (head, options) = bytes.split_at_checked(4).ok_or(Silence::Malformed)?;
+        let options = essentials(options, false).ok_or(Silence::Malformed)?;
+        let bytes = [head, &options].concat();
+        let request = Message::decode(&mut Decoder::new(&bytes)).map_err(|_| Silence::Malformed)?;
         let options = request.opts();
         let client = match options.get(OptionCode::ClientId) {
             // RFC 8415, 11.1: two bytes of type and up to 128 of identifier.
@@ -327,36 +327,40 @@ fn status(status: Status, text: &str) -> DhcpOption {
     })
 }
 
-/// Whether each option is as long as its fixed fields, nested ones too. The decoder takes that for
-/// granted of some (dhcproto 0.15: authentication, status, vendor class and options) and subtracts.
-fn has_room_for_its_fields(mut options: &[u8], depth: u8) -> bool {
-    while let Some((&[a, b, c, d], rest)) = options.split_first_chunk::<4>() {
+/// The options, nested ones too, that the server looks at and no others, if they are as long as their
+/// fixed fields and nest no deeper than they can.
+///
+/// The decoder (dhcproto 0.15) subtracts from lengths that it does not check (authentication, status,
+/// vendor options), reads some options by an idea of its own of their length, so that what follows is
+/// read as other options than it is, and recurses.
+fn essentials(mut options: &[u8], is_nested: bool) -> Option<Vec<u8>> {
+    let mut kept = Vec::with_capacity(options.len());
+    while !options.is_empty() {
+        let (&[a, b, c, d], rest) = options.split_first_chunk::<4>()?;
         let (code, len) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-        let Some((body, rest)) = rest.split_at_checked(usize::from(len)) else {
-            // Cut off, which the decoder notices by itself.
-            return true;
-        };
-        let (fixed, nests) = match code {
-            3 | 25 => (12, true),
-            4 => (4, true),
-            5 => (24, true),
-            26 => (25, true),
-            11 => (11, false),
-            13 => (2, false),
-            16 | 17 => (4, false),
-            // A relay's: there is none between guest and card.
-            9 => return false,
-            _ => (0, false),
-        };
-        let Some(inner) = body.get(fixed..) else {
-            return false;
-        };
-        if nests && (depth > 4 || !has_room_for_its_fields(inner, depth + 1)) {
-            return false;
-        }
+        let (body, rest) = rest.split_at_checked(usize::from(len))?;
         options = rest;
+        let fields = match (OptionCode::from(code), is_nested) {
+            (OptionCode::ClientId | OptionCode::ServerId | OptionCode::ORO, false) => body.len(),
+            (OptionCode::RapidCommit, false) => 0,
+            (OptionCode::IANA | OptionCode::IAPD, false) => 12,
+            (OptionCode::IATA, false) => 4,
+            (OptionCode::IAAddr, true) => 24,
+            _ => continue,
+        };
+        let (fields, inner) = body.split_at_checked(fields)?;
+        let inner = match is_nested {
+            // An address may have options of its own; none is of interest.
+            true => Vec::new(),
+            false => essentials(inner, true)?,
+        };
+        let len = u16::try_from(fields.len() + inner.len()).ok()?;
+        kept.extend(code.to_be_bytes());
+        kept.extend(len.to_be_bytes());
+        kept.extend_from_slice(fields);
+        kept.extend(inner);
     }
-    true
+    Some(kept)
 }
 
 #[cfg(test)]
