@@ -16,7 +16,7 @@ use crate::services::imds::Imds;
 type Read = fn(&ServiceStats, &PolicyStats) -> u64;
 
 /// Of whom, what, and where it is found.
-const COUNTED: [(&str, &str, Read); 32] = [
+const COUNTED: [(&str, &str, Read); 34] = [
     ("arp", "answered", |s, _| s.arp.answered),
     ("arp", "malformed", |s, _| s.arp.malformed),
     ("arp", "conflict", |s, _| s.arp.conflicts),
@@ -41,6 +41,8 @@ const COUNTED: [(&str, &str, Read); 32] = [
     ("dns", "forged", |s, _| s.dns.forged),
     ("dns", "truncated", |s, _| s.dns.truncated),
     ("dns", "streamed", |s, _| s.dns.streamed),
+    ("ntp", "answered", |s, _| s.ntp.answered),
+    ("ntp", "ignored", |s, _| s.ntp.ignored),
     ("all", "limited", |s, _| s.limited),
     ("all", "spoofed", |s, _| s.spoofed),
     ("all", "malformed", |s, _| s.malformed),
@@ -52,14 +54,28 @@ const COUNTED: [(&str, &str, Read); 32] = [
 ];
 
 /// The shared numbers of an interface.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct LocalMetrics {
     counters: [Arc<Counter>; COUNTED.len()],
 }
 
+impl Default for LocalMetrics {
+    fn default() -> Self {
+        Self {
+            counters: std::array::from_fn(|_| Arc::default()),
+        }
+    }
+}
+
 /// What one thread has told of.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Told([u64; COUNTED.len()]);
+
+impl Default for Told {
+    fn default() -> Self {
+        Self([0; COUNTED.len()])
+    }
+}
 
 impl LocalMetrics {
     /// Shows them.

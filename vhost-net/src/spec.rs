@@ -67,6 +67,10 @@ pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x
 pub const RESOLVER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 253);
 /// The resolver's well-known IPv6 address.
 pub const RESOLVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x253);
+/// The time server's IPv4 address.
+pub const TIME_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 123);
+/// The time server's IPv6 address.
+pub const TIME_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x123);
 
 impl Ipv4 {
     /// Whether an address is in the interface's network.
@@ -96,26 +100,19 @@ impl Ipv6 {
 }
 
 impl Spec {
-    /// Whether `address` is the card itself: gateway, resolver, metadata service. What goes there
+    /// Whether `address` is the card itself: gateway, resolver, metadata, time. What goes there
     /// is answered by the card's services or not at all; it never reaches the host.
     #[must_use]
     pub fn is_card(&self, address: IpAddr) -> bool {
-        match address {
-            IpAddr::V4(address) => {
-                address == METADATA_V4
-                    || address == RESOLVER_V4
-                    || self
-                        .v4
-                        .is_some_and(|v4| address == v4.gateway || address == v4.dns)
+        is_link_service(address)
+            || match address {
+                IpAddr::V4(address) => self
+                    .v4
+                    .is_some_and(|v4| address == v4.gateway || address == v4.dns),
+                IpAddr::V6(address) => self
+                    .v6
+                    .is_some_and(|v6| address == v6.gateway || address == v6.dns),
             }
-            IpAddr::V6(address) => {
-                address == METADATA_V6
-                    || address == RESOLVER_V6
-                    || self
-                        .v6
-                        .is_some_and(|v6| address == v6.gateway || address == v6.dns)
-            }
-        }
     }
 
     /// Whether the guest may send from `address` (source check): its own address, and for IPv6 any
@@ -130,6 +127,15 @@ impl Spec {
                     && address != v6.dns
             }),
         }
+    }
+}
+
+/// Whether this is one of the well-known addresses of services, which a VPC limits the packets to.
+#[must_use]
+pub fn is_link_service(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => [METADATA_V4, RESOLVER_V4, TIME_V4].contains(&address),
+        IpAddr::V6(address) => [METADATA_V6, RESOLVER_V6, TIME_V6].contains(&address),
     }
 }
 
@@ -206,6 +212,7 @@ mod tests {
         let spec = Spec::default();
         let is_card = |text: &str| spec.is_card(text.parse().unwrap());
         assert!(is_card("10.0.2.2") && is_card("169.254.169.254") && is_card("fd00:ec2::253"));
+        assert!(is_card("169.254.169.123") && is_card("fd00:ec2::123"));
         assert!(!is_card("10.0.2.4") && !is_card("127.0.0.1") && !is_card("fd00:ec2::252"));
     }
 }

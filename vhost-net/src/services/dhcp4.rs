@@ -36,7 +36,7 @@ use dhcproto::{Decodable, Decoder, Encodable, Encoder};
 use ipnet::Ipv4Net;
 use smoltcp::wire::EthernetAddress;
 
-use crate::spec::Spec;
+use crate::spec::{Spec, TIME_V4};
 
 /// The server's port.
 pub const SERVER_PORT: u16 = 67;
@@ -142,14 +142,51 @@ enum Answer {
     Nak,
 }
 
-/// A message of a client. Lengths that the decoder trusts are checked before it.
+/// A message of a client. What the decoder takes for granted is checked before it.
 fn parse(bytes: &[u8]) -> Option<Message> {
     let fixed = bytes.get(..FIXED_LEN)?;
     // Ethernet with its six bytes: a longer hlen than the field holds panics in `chaddr()`.
     if fixed.get(..3)? != [1, 1, 6] || fixed.get(236..)? != MAGIC {
         return None;
     }
-    Message::decode(&mut Decoder::new(bytes)).ok()
+    let bytes = essentials(bytes)?;
+    Message::decode(&mut Decoder::new(&bytes)).ok()
+}
+
+/// The message with only those options that the server looks at, if they are as long as they have to
+/// be. The decoder (dhcproto 0.15) asserts the lengths of others or subtracts from them, as of the
+/// client's full name, and reads some by their own idea of a length.
+fn essentials(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (fixed, mut options) = bytes.split_at_checked(FIXED_LEN)?;
+    let mut kept = fixed.to_vec();
+    while let Some((&code, rest)) = options.split_first() {
+        match code {
+            0 => {
+                options = rest;
+                continue;
+            }
+            255 => break,
+            _ => {}
+        }
+        let (&len, rest) = rest.split_first()?;
+        let (body, rest) = rest.split_at_checked(usize::from(len))?;
+        options = rest;
+        let is_sound = match OptionCode::from(code) {
+            OptionCode::RapidCommit => len == 0,
+            OptionCode::MessageType => len == 1,
+            OptionCode::MaxMessageSize => len == 2,
+            OptionCode::RequestedIpAddress | OptionCode::ServerIdentifier => len == 4,
+            OptionCode::ParameterRequestList | OptionCode::ClientIdentifier => true,
+            _ => continue,
+        };
+        if !is_sound {
+            return None;
+        }
+        kept.extend([code, len]);
+        kept.extend_from_slice(body);
+    }
+    kept.push(255);
+    Some(kept)
 }
 
 impl Context<'_> {
@@ -307,6 +344,7 @@ impl Context<'_> {
         if let Some(domain) = &spec.domain {
             list.push(DhcpOption::DomainName(domain.clone()));
         }
+        list.push(DhcpOption::NtpServers(vec![TIME_V4]));
         list
     }
 }

@@ -4,6 +4,7 @@
 //!             ┌── arp, nd ───────── addresses of the card; router advertisements
 //!  frame ─────┼── dhcp4, dhcp6 ──── the lease, which is a function of the specification
 //!             ├── echo ──────────── ping to the card
+//!             ├── ntp ───────────── the time of day
 //!             └── dns ───────────── names; asks upstream through the outbox
 //!
 //!  TCP ────┬───── imds ──────────── metadata, terminated by the stack
@@ -16,7 +17,7 @@
 //!
 //! Each queue's thread has its own `Services`. All are built from one specification and answer
 //! alike, so it does not matter which queue a guest's request comes through, and no lock is
-//! shared. Only one of them sends router advertisements on its own account.
+//! shared; what they share is the [`Admission`], one number. Only one of them sends router advertisements on its own account.
 //!
 //! What the guest can cost: one answer a frame, of bounded size, at most
 //! [`PACKETS_PER_SECOND`] a second, as a VPC allows towards link-local services; what is above is
@@ -25,14 +26,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use smoltcp::wire::{EthernetFrame, EthernetProtocol};
 
 use crate::frame::TCP;
 use crate::local::{FlowKey, Outbox, TcpService, Verdict};
-use crate::spec::{METADATA_V4, METADATA_V6, RESOLVER_V4, RESOLVER_V6, Spec};
+use crate::spec::{METADATA_V4, METADATA_V6, Spec, TIME_V4, TIME_V6, is_link_service};
 
+pub mod admission;
 pub mod arp;
 pub mod dhcp4;
 pub mod dhcp6;
@@ -40,8 +42,11 @@ pub mod dns;
 pub mod echo;
 pub mod imds;
 pub mod nd;
+pub mod ntp;
 pub mod wire;
 
+use admission::Admission;
+pub use admission::PACKETS_PER_SECOND;
 use arp::Arp;
 use dhcp4::Dhcp4;
 use dhcp6::Dhcp6;
@@ -49,9 +54,7 @@ use dns::stream::Streams;
 use dns::{Client, Dns, DnsOut, DnsStats};
 use imds::Imds;
 use nd::Nd;
-
-/// What the services take from the guest each second, and at most at once.
-pub const PACKETS_PER_SECOND: u32 = 1024;
+use ntp::Ntp;
 
 /// Counters of all services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,6 +69,8 @@ pub struct ServiceStats {
     pub dhcp6: dhcp6::Dhcp6Stats,
     /// DNS.
     pub dns: DnsStats,
+    /// NTP.
+    pub ntp: ntp::NtpStats,
     /// Echo requests answered.
     pub echoed: u64,
     /// Above [`PACKETS_PER_SECOND`].
@@ -86,10 +91,11 @@ pub struct Services {
     nd: Nd,
     dhcp4: Dhcp4,
     dhcp6: Dhcp6,
+    ntp: Ntp,
     dns: Option<Dns>,
     streams: Streams,
     imds: Option<Arc<Imds>>,
-    tokens: Tokens,
+    admission: Arc<Admission>,
     stats: ServiceStats,
 }
 
@@ -103,10 +109,11 @@ impl Services {
             nd: Nd::new(advertises.then_some(now)),
             dhcp4: Dhcp4::default(),
             dhcp6: Dhcp6::default(),
+            ntp: Ntp::default(),
             dns: None,
             streams: Streams::default(),
             imds: None,
-            tokens: Tokens::new(PACKETS_PER_SECOND, now),
+            admission: Arc::new(Admission::new(now)),
             stats: ServiceStats::default(),
         }
     }
@@ -122,6 +129,13 @@ impl Services {
     #[must_use]
     pub fn with_imds(mut self, imds: Arc<Imds>) -> Self {
         self.imds = Some(imds);
+        self
+    }
+
+    /// Under one limit with the services of the interface's other queues.
+    #[must_use]
+    pub fn with_admission(mut self, admission: Arc<Admission>) -> Self {
+        self.admission = admission;
         self
     }
 
@@ -141,6 +155,7 @@ impl Services {
             nd: self.nd.stats(),
             dhcp4: self.dhcp4.stats(),
             dhcp6: self.dhcp6.stats(),
+            ntp: self.ntp.stats(),
             ..self.stats
         }
     }
@@ -282,13 +297,16 @@ impl Services {
                 let is_dhcp6 =
                     port == dhcp6::SERVER_PORT && packet.destination == IpAddr::V6(dhcp6::SERVERS);
                 let is_dns = port == dns::PORT && is_card && self.dns.is_some();
-                if is_dhcp4 || is_dhcp6 || is_dns {
+                let to = packet.destination;
+                let is_time = to == IpAddr::V4(TIME_V4) || to == IpAddr::V6(TIME_V6);
+                let is_ntp = port == ntp::PORT && is_time;
+                if is_dhcp4 || is_dhcp6 || is_dns || is_ntp {
                     Kind::Udp(port)
                 } else {
                     Kind::NotOurs
                 }
             }
-            P::Tcp if is_link_local(packet.destination) => Kind::Stream,
+            P::Tcp if is_link_service(packet.destination) => Kind::Stream,
             P::Tcp => Kind::NotOurs,
             P::Icmp | P::Icmpv6 if is_card => Kind::Echo,
             _ if is_card => Kind::Unwanted,
@@ -343,6 +361,11 @@ impl Services {
                 deliver(&self.spec, &self.streams, said, out);
                 None
             }
+            (ntp::PORT, source, destination) if spec.is_guest(source) => {
+                let reply = self.ntp.handle(datagram.payload)?;
+                let link = (spec.gateway_mac, spec.mac);
+                wire::udp(link, (destination, port), datagram.source, &reply)
+            }
             _ => {
                 self.stats.unwanted += 1;
                 None
@@ -356,17 +379,9 @@ impl Services {
             self.stats.spoofed += 1;
             return false;
         }
-        let has = self.tokens.take(now);
+        let has = self.admission.take(now);
         self.stats.limited += u64::from(!has);
         has
-    }
-}
-
-/// Whether this is one of the addresses that a VPC limits the packets to.
-fn is_link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => address == METADATA_V4 || address == RESOLVER_V4,
-        IpAddr::V6(address) => address == METADATA_V6 || address == RESOLVER_V6,
     }
 }
 
@@ -394,36 +409,6 @@ enum Kind {
     /// TCP to a link-local service: it counts, and the stack terminates it.
     Stream,
     Unwanted,
-}
-
-/// Packets that may still come: a bucket that holds one second's worth.
-#[derive(Clone, Copy, Debug)]
-struct Tokens {
-    per_second: u32,
-    /// When the bucket is full again.
-    full_at: Instant,
-}
-
-impl Tokens {
-    fn new(per_second: u32, now: Instant) -> Self {
-        Self {
-            per_second,
-            full_at: now,
-        }
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        let full_at = self.full_at.max(now);
-        if full_at.duration_since(now) > Duration::from_secs(1) - self.interval() {
-            return false;
-        }
-        self.full_at = full_at + self.interval();
-        true
-    }
-
-    fn interval(&self) -> Duration {
-        Duration::from_secs(1) / self.per_second
-    }
 }
 
 #[cfg(test)]

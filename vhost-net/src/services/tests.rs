@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use dhcproto::v4::{DhcpOption, Message, MessageType};
 use dhcproto::{Decodable, Decoder, Encodable, Encoder};
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
@@ -103,6 +105,58 @@ fn another_hardware_address_gets_nothing() {
         Verdict::Handled
     );
     assert_eq!((out.frames.len(), services.stats().spoofed), (0, 1));
+}
+
+#[test]
+fn the_time_is_told_at_the_addresses_that_a_vpc_has_it_at_and_nowhere_else() {
+    let (mut services, now) = services();
+    let mut question = [0; 48];
+    question[0] = 0x23;
+    question[40] = 9;
+    let own: std::net::Ipv6Addr = "fd00:0:0:2::15".parse().unwrap();
+    let time: std::net::Ipv6Addr = "fd00:ec2::123".parse().unwrap();
+    let v4 = |to: [u8; 4], from: [u8; 4]| {
+        let mut frame = Vec::new();
+        let packet = PacketBuilder::ethernet2(GUEST, CARD).ipv4(from, to, 64);
+        packet.udp(5123, 123).write(&mut frame, &question).unwrap();
+        frame
+    };
+    let mut v6 = Vec::new();
+    let packet = PacketBuilder::ethernet2(GUEST, CARD).ipv6(own.octets(), time.octets(), 64);
+    packet.udp(5123, 123).write(&mut v6, &question).unwrap();
+    let mut out = Outbox::default();
+    let (server, guest) = ([169, 254, 169, 123], [10, 0, 2, 15]);
+    for frame in [v4(server, guest), v6] {
+        let verdict = services.receive(&frame, true, now, &mut out);
+        assert_eq!(verdict, Verdict::Handled);
+    }
+    let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let wanted = unix.unwrap().as_secs() + 2_208_988_800;
+    let sources: [IpAddr; 2] = [Ipv4Addr::from(server).into(), time.into()];
+    assert_eq!(out.frames.len(), 2);
+    for (frame, source) in out.frames.iter().zip(sources) {
+        let sliced = SlicedPacket::from_ethernet(frame).unwrap();
+        let from: IpAddr = match &sliced.net {
+            Some(NetSlice::Ipv4(ip)) => ip.header().source_addr().into(),
+            Some(NetSlice::Ipv6(ip)) => ip.header().source_addr().into(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(from, source);
+        let Some(TransportSlice::Udp(udp)) = &sliced.transport else {
+            panic!("not UDP")
+        };
+        assert_eq!((udp.source_port(), udp.destination_port()), (123, 5123));
+        let reply = udp.payload();
+        assert_eq!((reply.len(), reply[0], reply[24]), (48, 0x24, 9));
+        let seconds = u32::from_be_bytes(*reply[40..].first_chunk().unwrap());
+        assert!((wanted as u32).wrapping_sub(seconds) < 60, "{seconds}");
+    }
+    assert_eq!(services.stats().ntp.answered, 2);
+    // Others are not the card's to answer, and from others neither.
+    let verdict = services.receive(&v4([10, 0, 2, 2], guest), true, now, &mut out);
+    assert_eq!(verdict, Verdict::Pass);
+    services.receive(&v4(server, [10, 0, 2, 16]), true, now, &mut out);
+    assert_eq!((out.frames.len(), services.stats().unwanted), (2, 1));
 }
 
 #[test]

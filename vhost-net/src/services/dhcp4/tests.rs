@@ -57,6 +57,7 @@ fn a_discover_is_offered_the_lease_with_all_that_the_guest_needs() {
         DhcpOption::InterfaceMtu(9001),
         DhcpOption::Hostname("web-1".into()),
         DhcpOption::DomainName("example.internal".into()),
+        DhcpOption::NtpServers(vec![Ipv4Addr::new(169, 254, 169, 123)]),
     ];
     for wanted in &expected {
         assert_eq!(&option(&offer, OptionCode::from(wanted)), wanted);
@@ -243,6 +244,33 @@ fn a_hardware_address_longer_than_its_field_is_refused() {
         assert_eq!(server.handle(&spec(), &bytes), None);
         assert_eq!(server.stats().malformed, 1);
     }
+}
+
+#[test]
+fn options_that_the_server_does_not_look_at_may_be_as_they_like() {
+    let plain = encode(&request(MessageType::Discover, NONE, &[])).unwrap();
+    let end = plain.iter().rposition(|byte| *byte == 255).unwrap();
+    // A full name without room for its flags, the state of a bulk query, an interface of four bytes,
+    // one of an unknown kind.
+    let odd = [
+        81, 2, 0, 0, 151, 0, 94, 4, 1, 2, 3, 4, 116, 1, 9, 152, 1, 0, 230, 3, 1, 2, 3, 0, 0,
+    ];
+    let bytes = [&plain[..end], &odd, &plain[end..]].concat();
+    let mut server = Dhcp4::default();
+    let expected = server.handle(&spec(), &plain);
+    assert!(expected.is_some());
+    assert_eq!(server.handle(&spec(), &bytes), expected);
+    // Those that it does look at, cut off or of another length than they have.
+    for wrong in [
+        &[80, 1, 0][..],
+        &[53, 2, 1, 1],
+        &[54, 3, 1, 2, 3],
+        &[50, 9, 1],
+    ] {
+        let bytes = [&plain[..end], wrong].concat();
+        assert_eq!(server.handle(&spec(), &bytes), None, "{wrong:?}");
+    }
+    assert_eq!(server.stats().malformed, 4);
 }
 
 #[test]
