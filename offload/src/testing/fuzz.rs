@@ -17,8 +17,11 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A case that takes longer than this hangs; machines that run tests are slow and shared.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How often it is looked whether a case still goes on.
+const LOOK: Duration = Duration::from_secs(1);
+/// A case that so many looks have seen hangs; machines that run tests are slow and shared. Looks and not
+/// time: a process that was stopped for minutes does not hang.
+const PATIENCE_LOOKS: u32 = 120;
 
 /// A generator whose numbers depend on the seed alone (SplitMix64).
 #[derive(Clone, Debug)]
@@ -187,13 +190,16 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 }
 
 fn watch(target: &str, current: &AtomicU64, is_over: &AtomicBool) {
-    let mut seen = (u64::MAX, Instant::now());
+    let mut seen = (u64::MAX, 0);
     while !is_over.load(Ordering::Relaxed) {
-        std::thread::park_timeout(Duration::from_secs(1));
+        std::thread::park_timeout(LOOK);
         let now = current.load(Ordering::Relaxed);
         if now != seen.0 {
-            seen = (now, Instant::now());
-        } else if seen.1.elapsed() > PATIENCE {
+            seen = (now, 0);
+            continue;
+        }
+        seen.1 += 1;
+        if seen.1 > PATIENCE_LOOKS {
             eprintln!(
                 "fuzz target {target}: case {now} hangs; OFFLOAD_FUZZ_CASE={now} shows it again"
             );

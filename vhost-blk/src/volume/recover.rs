@@ -367,10 +367,12 @@ fn open(
     space.page_entries().for_each(&mut named);
     let mut map = MapTree::new(superblock.map_root, budget(&geometry)?);
     let missing = open_upper(&mut map, &reader, &mut named);
+    // No more can name a session than there are slots; what counts on from here must not overflow.
+    let slots = geometry.chunks.saturating_mul(CHUNK_SLOTS);
     let live = superblock
         .table
         .iter()
-        .map(|row| (row.id, i64::try_from(row.live).unwrap_or(i64::MAX)))
+        .map(|row| (row.id, row.live.min(slots).cast_signed()))
         .collect();
     let end = LogPoint {
         position: superblock.log_position,

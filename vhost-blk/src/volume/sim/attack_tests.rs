@@ -678,3 +678,24 @@ fn a_header_that_cannot_be_counted_on_from_is_not_written_to() {
     drop(running);
     assert_eq!(bench.read(1), Ok(11), "and it can be opened again");
 }
+
+#[test]
+fn a_header_that_counts_more_uses_of_a_key_than_there_can_be_is_served() {
+    for live in [u64::MAX, i64::MAX as u64] {
+        let bench = Bench::new();
+        bench.write(&[(1, 11), (200, 33)]);
+        // Not closed, so that the next one counts on from its log.
+        let mut running = bench.serve();
+        for (block, byte) in [(1, 12), (2, 13), (3, 14)] {
+            running.write(block, byte).expect("writes");
+        }
+        running.request(Op::Flush, Vec::new()).expect("flushes");
+        drop(running);
+        reseal(&bench, &COPIES, |superblock| {
+            superblock.table.iter_mut().for_each(|row| row.live = live);
+        });
+        bench.write(&[(1, 15), (2, 16)]);
+        let blocks = [1, 2, 3, 200].map(|block| bench.read(block));
+        assert_eq!(blocks, [Ok(15), Ok(16), Ok(14), Ok(33)]);
+    }
+}
