@@ -173,7 +173,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 90,
         value_parser = clap::value_parser!(u8).range(1..=100))]
     pub low_space: u8,
-    /// Become this user (UID or UID:GID, numbers) once volume, key and sockets are open
+    /// Become this user (UID or UID:GID, numbers) once volume, key and sockets are open. It removes
+    /// the sockets in the end if their folder is its own; else the next card there replaces them
     #[arg(long, value_name = "USER", value_parser = parse_user)]
     pub user: Option<User>,
     /// What happens at a system call that the card is not known to need

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::io::Read as _;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::chown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -46,11 +47,12 @@ fn the_discovery_file_says_what_the_binary_says() {
     assert!(file["description"].is_string());
 }
 
-/// A card with `--fd`, ended when dropped.
-struct Inheriting(std::process::Child);
+/// A card, ended when dropped.
+struct Ended(std::process::Child);
 
-impl Inheriting {
-    fn new(files: &Files, fd: impl AsFd) -> Self {
+impl Ended {
+    /// With `--fd`.
+    fn inheriting(files: &Files, fd: impl AsFd) -> Self {
         fcntl_setfd(&fd, FdFlags::empty()).unwrap();
         let number = fd.as_fd().as_raw_fd().to_string();
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-blk"))
@@ -64,7 +66,7 @@ impl Inheriting {
     }
 }
 
-impl Drop for Inheriting {
+impl Drop for Ended {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -76,7 +78,7 @@ fn an_inherited_socket_serves_whether_it_listens_or_is_connected() {
     let files = Files::with_volume("16M");
     let path = files.path("inherited");
     let listener = UnixListener::bind(&path).unwrap();
-    let card = Inheriting::new(&files, &listener);
+    let card = Ended::inheriting(&files, &listener);
     for _ in 0..2 {
         let mut frontend = TestFrontend::connect(&path, 1);
         assert_ne!(frontend.negotiate(u64::MAX) & F_FLUSH, 0);
@@ -85,7 +87,7 @@ fn an_inherited_socket_serves_whether_it_listens_or_is_connected() {
     drop(card);
 
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut card = Inheriting::new(&files, &theirs);
+    let mut card = Ended::inheriting(&files, &theirs);
     drop(theirs);
     let mut frontend = TestFrontend::new(ours, 1);
     assert_ne!(frontend.negotiate(u64::MAX) & F_FLUSH, 0);
@@ -128,6 +130,55 @@ fn a_card_gives_root_up_and_serves_all_the_same() {
     drop(guest);
     card.stop();
     assert!(!files.path("sock").exists(), "its socket is removed");
+}
+
+#[test]
+fn a_socket_that_a_card_may_not_remove_is_told_of_and_the_next_card_replaces_it() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let files = Files::with_volume("16M");
+    // Root's, as /run is; others may pass.
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(files.path(""), open).unwrap();
+    let (key, volume) = (files.text("key"), files.text("volume"));
+    let (socket, control) = (files.text("sock"), files.text("control"));
+    for byte in 1..=3 {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
+        command.args(["serve", "--volume", &volume, "--key-file", &key]);
+        command.args(["--socket-path", &socket, "--control-socket", &control]);
+        let child = command
+            .args(["--user", "65534:65534"])
+            .stderr(Stdio::piped());
+        let mut card = Ended(child.spawn().unwrap());
+        // A stale file refuses, so this waits for the card that was just started.
+        let end = Instant::now() + Duration::from_secs(20);
+        while UnixStream::connect(&control).is_err() {
+            assert!(Instant::now() < end, "nobody listens");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let mut guest = Guest::at(&files.path("sock"), Options::default());
+        guest.write(0, &[byte; 4096]);
+        guest.flush();
+        drop(guest);
+        let pid = rustix::process::Pid::from_child(&card.0);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let mut said = String::new();
+        card.0
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut said)
+            .unwrap();
+        assert!(card.0.wait().unwrap().success(), "{said}");
+        for path in [&socket, &control] {
+            let told = format!("the socket {path} stays behind");
+            assert_eq!(said.matches(&told).count(), 1, "{said}");
+            let refused = UnixStream::connect(path).unwrap_err();
+            assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+    }
+    assert!(files.on_volume("check", &[]).status.success());
 }
 
 #[test]

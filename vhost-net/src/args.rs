@@ -114,7 +114,8 @@ pub struct ServeArgs {
     /// Answer questions about the running card on this socket (JSON lines)
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
-    /// Become this user (UID or UID:GID, numbers) once all sockets are open
+    /// Become this user (UID or UID:GID, numbers) once all sockets are open. It removes them in the
+    /// end if their folder is its own; else the next card there replaces them
     #[arg(long, value_name = "USER", value_parser = parse_user)]
     pub user: Option<User>,
     /// What happens at a system call that the card is not known to need

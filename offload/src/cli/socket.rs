@@ -10,6 +10,13 @@
 //! removal another starter could do the same; two starters for one path at one moment are a
 //! mistake above us (the shim starts each card once), and a lock file next to each socket, or a
 //! name longer than the given one, would be the greater nuisance.
+//!
+//! In the end: removing a file takes the right to write to its folder. A card that became another
+//! user has that only where the folder is that user's, and it says so when it had to leave a file
+//! behind. Nobody is misled by one: connecting to it is refused at once, a frontend that reconnects
+//! tries again, and the next card replaces it, since it binds before it gives root up. Rejected: a
+//! process that stays root to clean up, which is what a card gives root up not to have; to remove
+//! the name before that, which is where frontends find the card.
 
 use std::fs;
 use std::io;
@@ -90,8 +97,14 @@ impl Drop for SocketFile {
             (named.dev(), named.ino()) == (ours.dev(), ours.ino())
         };
         if matches!((&named, &ours), (Ok(named), Ok(ours)) if same(named, ours)) {
-            // A sandbox may forbid it. Whoever starts next replaces a stale file anyway.
-            let _ = fs::remove_file(&self.path);
+            match fs::remove_file(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!(
+                    "the socket {} stays behind, and the next card there will replace it ({error}). Give \
+                     cards a folder that is theirs (--user), and they remove it themselves",
+                    self.path.display()
+                ),
+                _ => {}
+            }
         }
     }
 }
