@@ -87,6 +87,10 @@ fn guests_of_two_vms_reach_each_other_by_name_and_a_killed_card_is_back_in_no_ti
     // IPv6: link-local addresses are the guests' own choice.
     let own = b.ok("ip -6 addr show dev eth0 scope link | sed -n 's/.*inet6 \\([^/]*\\).*/\\1/p'");
     soon(&mut a, &format!("ping -6 -c 1 -W 5 {}%eth0", own.trim()));
+    // Longer than the MTU: in fragments, both families.
+    a.ok("ping -c 2 -W 5 -s 12000 beta");
+    b.ok("ping -c 1 -W 5 -s 60000 alpha");
+    a.ok(&format!("ping -6 -c 2 -W 5 -s 12000 {}%eth0", own.trim()));
     // A name that nobody has, and an address that nobody has.
     assert_ne!(a.run("ping -c 1 -W 2 10.9.0.99").1, 0);
 

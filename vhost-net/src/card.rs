@@ -76,6 +76,31 @@ impl CardStats {
             .map_or(0, |counter| counter.get())
     }
 
+    /// Keeps a fragment of the guest's with others of its packet, and counts what comes of it.
+    pub(crate) fn gather(
+        &self,
+        fragments: &mut Reassembly,
+        fragment: &Frame<'_>,
+        now: Instant,
+    ) -> Outcome {
+        let evicted = fragments.evicted();
+        let outcome = fragments.add(fragment, now);
+        let failed = &self.not_reassembled;
+        failed[EVICTED].add(fragments.evicted() - evicted);
+        match &outcome {
+            Outcome::Whole(_) => self.reassembled.inc(),
+            Outcome::Kept => {}
+            Outcome::Void => failed[CONTRADICTION].inc(),
+            Outcome::Malformed(_) => failed[MALFORMED].inc(),
+        }
+        outcome
+    }
+
+    /// Counts a packet whose fragments did not all come in time.
+    pub(crate) fn fragments_late(&self) {
+        self.not_reassembled[TIMEOUT].inc();
+    }
+
     /// Shows all of them.
     pub fn register(&self, registry: &Registry) {
         for (kind, counter) in Malformed::ALL.iter().zip(&self.malformed) {
@@ -361,19 +386,10 @@ impl<L: Local> Card<L> {
         now: Instant,
         wire: &mut W,
     ) -> Option<Box<[u8]>> {
-        let evicted = self.fragments.evicted();
-        let outcome = self.fragments.add(fragment, now);
-        let failed = &self.stats.not_reassembled;
-        failed[EVICTED].add(self.fragments.evicted() - evicted);
-        match outcome {
-            Outcome::Whole(frame) => {
-                self.stats.reassembled.inc();
-                return Some(frame);
-            }
-            Outcome::Kept => {}
-            Outcome::Void => failed[CONTRADICTION].inc(),
+        match self.stats.gather(&mut self.fragments, fragment, now) {
+            Outcome::Whole(frame) => return Some(frame),
+            Outcome::Kept | Outcome::Void => {}
             Outcome::Malformed(field) => {
-                failed[MALFORMED].inc();
                 if let (Some(at), Net::Ip(packet)) = (field, &fragment.net) {
                     let why = Unreachable::Parameter(at);
                     let (from, to) = (packet.destination, packet.source);
@@ -387,7 +403,7 @@ impl<L: Local> Card<L> {
     /// Gives up packets whose fragments did not come in time.
     fn expire_fragments<W: Wire>(&mut self, now: Instant, wire: &mut W) {
         while let Some(expired) = self.fragments.expire(now) {
-            self.stats.not_reassembled[TIMEOUT].inc();
+            self.stats.fragments_late();
             if let Some(quote) = expired.quote {
                 let (from, to) = (expired.destination, expired.source);
                 let why = Unreachable::Reassembly;

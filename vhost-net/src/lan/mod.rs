@@ -23,9 +23,15 @@
 //! Unicast IP between addresses that cards have announced ([`members`]), as frames with their
 //! `virtio_net_hdr`: 64 KiB leave and arrive as one, and the receiver cuts them if its guest takes
 //! none ([`segment`]). ARP and ND are answered by the own card ([`answer`]); broadcast and multicast
-//! do not pass, as in a VPC. Fragments do not either: security groups could not judge them. Both ends check the source,
-//! hardware address and IP, and both apply their security groups, in which a group means its members
-//! here too.
+//! do not pass, as in a VPC. Both ends check the source, hardware address and IP, and both apply their
+//! security groups, in which a group means its members here too.
+//!
+//! Fragments cannot be judged one by one, so the sender's card puts their packet together
+//! ([`crate::frame::reassembly`]) and sends it whole, whatever its length, and the receiver's cuts it to its
+//! own guest's MTU ([`fragment`]): the packet crosses between them once, and nobody but the sender's
+//! card keeps parts of anything. To pass them on as they are, each judged by what was the verdict on its
+//! first one, was rejected: order is not promised, overlaps would have to be kept out anyway, and the
+//! receiver would have to believe or repeat all of it.
 //!
 //! # Who is trusted with what
 //! A guest with nothing. A card is another one's equal if it runs as the same user: it may say which
@@ -55,6 +61,7 @@ use crate::policy::SharedRules;
 use crate::spec::Spec;
 
 pub mod answer;
+pub mod fragment;
 pub mod meeting;
 pub mod members;
 pub mod message;
@@ -90,8 +97,6 @@ pub struct LanStats {
     pub ended: Arc<Counter>,
     /// Addresses that members announced and that were not theirs to have.
     pub refused_addresses: Arc<Counter>,
-    /// Fragments of the guest's to a member.
-    pub fragments: Arc<Counter>,
     /// Frames that another queue pair could not leave with the first.
     pub unhanded: Arc<Counter>,
     /// Totals of what [`PeerStats`] has for each.
@@ -248,7 +253,6 @@ impl Lan {
             ("crowded", &stats.crowded),
             ("ended", &stats.ended),
             ("refused_address", &stats.refused_addresses),
-            ("fragment", &stats.fragments),
             ("unhanded", &stats.unhanded),
         ] {
             let label = vec![("event", event.to_owned())];

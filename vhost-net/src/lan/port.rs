@@ -11,28 +11,29 @@
 //!
 //! Frames of a round come from the peers in turn, [`TURN`] from each, so that one that floods has its
 //! share and no more.
+//!
+//! This file has who is there and how they meet; `outward` what goes to them, `inward` what comes.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use offload::telemetry::{RateLimited, shown};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use slab::Slab;
-use smoltcp::wire::EthernetAddress;
 
 use super::meeting::Id;
-use super::message::{self, Announcement, MESSAGE_MAX, Message};
-use super::segment::{self, Takes};
-use super::traffic::{self, Kind};
-use super::{Lan, MEMBERS_MAX, PATIENCE, PeerStats, QUEUE_BYTES, QUEUE_FRAMES, View, lock};
+use super::message::{Announcement, MESSAGE_MAX};
+use super::segment::Takes;
+use super::{Lan, MEMBERS_MAX, PATIENCE, PeerStats, View};
 use crate::card::CardStats;
-use crate::frame::header::NetHeader;
+use crate::frame::reassembly::Reassembly;
 use crate::local::{Direction, FlowKey, Meta};
 use crate::stack::{Event, Wire};
+
+mod inward;
+mod outward;
 
 /// How long a new connection may be silent.
 pub const GREETING: Duration = Duration::from_secs(1);
@@ -102,15 +103,6 @@ struct Candidate {
     wait: Duration,
 }
 
-/// What sending came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sent {
-    Gone,
-    Later,
-    /// The connection is of no use any more, which its next event says too.
-    Never,
-}
-
 /// See the module.
 pub struct Port {
     view: View,
@@ -128,6 +120,8 @@ pub struct Port {
     buffer: Box<[u8]>,
     scratch: Vec<u8>,
     handed: u64,
+    /// Packets of the guest's that are not whole yet.
+    fragments: Reassembly,
     log: RateLimited,
 }
 
@@ -165,6 +159,7 @@ impl Port {
             buffer: vec![0; MESSAGE_MAX + 1].into_boxed_slice(),
             scratch: Vec::new(),
             handed: 0,
+            fragments: Reassembly::default(),
             log: RateLimited::new(5, Duration::from_secs(10)),
         })
     }
@@ -238,6 +233,7 @@ impl Port {
         let greetings = silent.map(|(_, peer)| peer.since + GREETING);
         let blocked = self.blocked.map(|since| since + PATIENCE);
         let ends = retries.chain(greetings).chain(blocked);
+        let ends = ends.chain(self.fragments.deadline());
         ends.chain([self.look_at]).min()
     }
 
@@ -257,6 +253,7 @@ impl Port {
         self.hang_up_on_silent(now);
         self.announce();
         self.take_handed(now, judge, card);
+        self.expire_fragments(now, card);
         self.receive(now, takes, wire, judge);
     }
 
@@ -436,407 +433,6 @@ impl Port {
         let announced = announced.into_iter().map(|(_, key, is)| (key, is));
         self.view.lan.set_members(announced.collect());
         self.view.refresh();
-    }
-
-    /// Says what has changed about the own guest.
-    fn announce(&mut self) {
-        self.view.refresh();
-        let rules = self.view.lan.rules.as_ref();
-        let versions = (self.view.version, rules.map_or(0, |rules| rules.version()));
-        if versions == self.announced_versions {
-            return;
-        }
-        self.announced_versions = versions;
-        let now = self.view.lan.announcement();
-        if now == self.announced {
-            return;
-        }
-        self.announced = now;
-        let keys: Vec<usize> = self.peers.iter().map(|(key, _)| key).collect();
-        for key in keys {
-            if let Some(peer) = self.peers.get_mut(key) {
-                peer.announces = true;
-            }
-            self.flush(key);
-        }
-    }
-
-    /// Sends what waits for a peer, as far as its socket takes it.
-    fn flush(&mut self, key: usize) {
-        let Some(peer) = self.peers.get_mut(key) else {
-            return;
-        };
-        if peer.announces {
-            // Cannot fail: there is nothing in it that JSON has no form for.
-            let bytes = self.announced.to_bytes().unwrap_or_default();
-            match send(&peer.fd, &[&bytes]) {
-                Sent::Gone => peer.announces = false,
-                Sent::Later | Sent::Never => return,
-            }
-        }
-        while let Some(front) = peer.waiting.front() {
-            match send(&peer.fd, &[front]) {
-                Sent::Gone => {
-                    peer.waiting_bytes -= front.len();
-                    peer.waiting.pop_front();
-                }
-                Sent::Later | Sent::Never => return,
-            }
-        }
-    }
-
-    /// Takes a frame of the guest's that may be for a member. False: it is not, and others may want it.
-    pub fn from_guest(
-        &mut self,
-        header: &NetHeader,
-        bytes: &[u8],
-        now: Instant,
-        judge: &mut impl Judge,
-        card: &CardStats,
-    ) -> bool {
-        self.view.refresh();
-        let Some(to) = traffic::destination(bytes) else {
-            return false;
-        };
-        let Some(member) = self.view.members.by_address(to) else {
-            return false;
-        };
-        let member = Arc::clone(member);
-        let Some(frame) = traffic::parse(header, bytes) else {
-            // The card says what is wrong with it.
-            return false;
-        };
-        let Some(packet) = traffic::packet(&frame) else {
-            return false;
-        };
-        if traffic::is_link_business(packet) {
-            return false;
-        }
-        let lan = &self.view.lan;
-        let is_to = |mac: EthernetAddress| frame.destination == mac;
-        if frame.source != lan.spec.mac || !(is_to(member.is.mac) || is_to(lan.spec.gateway_mac)) {
-            card.spoofed.inc();
-            return true;
-        }
-        if !self.view.own.contains(packet.source) && !lan.claim(packet.source) {
-            card.spoofed.inc();
-            return true;
-        }
-        // A new address is announced before the frame that comes from it.
-        self.announce();
-        let may = match traffic::kind(&frame, packet, Direction::Out) {
-            Kind::Flow(meta) => judge.lets_pass(Direction::Out, &meta, now),
-            Kind::Error(flow) => judge.lets_error_pass(&flow, now),
-            Kind::Fragment => {
-                self.view.lan.stats.fragments.inc();
-                return true;
-            }
-            Kind::Never => {
-                card.ignored.inc();
-                return true;
-            }
-        };
-        if !may {
-            card.denied.inc();
-            return true;
-        }
-        let bytes = frame.bytes.get(..packet.end).unwrap_or_default();
-        self.send(&member.is, member.peer, header, bytes);
-        true
-    }
-
-    fn send(&mut self, member: &Announcement, key: usize, header: &NetHeader, frame: &[u8]) {
-        let Some(peer) = self.peers.get_mut(key) else {
-            return;
-        };
-        let all = &self.view.lan.stats.all;
-        let prefix = message::prefix(header);
-        let (_, rest) = frame.split_at_checked(6).unwrap_or_default();
-        let parts = [&prefix[..], &member.mac.0, rest];
-        let len: usize = parts.iter().map(|part| part.len()).sum();
-        let is_waiting = peer.announces || !peer.waiting.is_empty();
-        let sent = if is_waiting {
-            Sent::Later
-        } else {
-            send(&peer.fd, &parts)
-        };
-        let is_taken = match sent {
-            Sent::Gone => true,
-            Sent::Never => false,
-            Sent::Later => {
-                let has_room =
-                    peer.waiting.len() < QUEUE_FRAMES && peer.waiting_bytes + len <= QUEUE_BYTES;
-                if has_room {
-                    peer.waiting_bytes += len;
-                    peer.waiting.push_back(parts.concat().into_boxed_slice());
-                }
-                has_room
-            }
-        };
-        for stats in [&*peer.stats, all] {
-            if is_taken {
-                stats.frames_out.inc();
-                stats.bytes_out.add(frame.len() as u64);
-            } else {
-                stats.dropped_out.inc();
-            }
-        }
-    }
-
-    fn take_handed(&mut self, now: Instant, judge: &mut impl Judge, card: &CardStats) {
-        use std::sync::atomic::Ordering;
-        let handed = self.view.lan.has_handed.load(Ordering::Acquire);
-        if handed == self.handed {
-            return;
-        }
-        self.handed = handed;
-        let frames = std::mem::take(&mut *lock(&self.view.lan.handed));
-        for (header, bytes) in frames {
-            self.from_guest(&header, &bytes, now, judge, card);
-        }
-    }
-
-    fn receive(
-        &mut self,
-        now: Instant,
-        takes: Takes,
-        wire: &mut impl Wire,
-        judge: &mut impl Judge,
-    ) {
-        let mut left = ROUND;
-        let mut turns = self.ready.len();
-        while left > 0
-            && let Some(key) = self.ready.pop_front()
-        {
-            let Some(peer) = self.peers.get_mut(key) else {
-                continue;
-            };
-            let is_member = peer.is.is_some();
-            if is_member && !wire.has_room() && !self.is_out_of_patience(now) {
-                // Others that have not said who they are may still do so.
-                self.blocked.get_or_insert(now);
-                self.ready.push_back(key);
-                turns = turns.saturating_sub(1);
-                if turns == 0 {
-                    return;
-                }
-                continue;
-            }
-            let mut is_empty = false;
-            for _ in 0..TURN.min(left) {
-                if wire.has_room() {
-                    self.blocked = None;
-                } else if is_member && !self.is_out_of_patience(now) {
-                    break;
-                }
-                left -= 1;
-                if !self.take_message(key, now, takes, wire, judge) {
-                    is_empty = true;
-                    break;
-                }
-            }
-            if is_empty {
-                if let Some(peer) = self.peers.get_mut(key) {
-                    peer.is_ready = false;
-                }
-            } else {
-                self.ready.push_back(key);
-            }
-        }
-        if self.ready.is_empty() {
-            self.blocked = None;
-        }
-    }
-
-    /// Takes one message of a peer. False: there is none, or the peer is gone.
-    fn take_message(
-        &mut self,
-        key: usize,
-        now: Instant,
-        takes: Takes,
-        wire: &mut impl Wire,
-        judge: &mut impl Judge,
-    ) -> bool {
-        let Some(peer) = self.peers.get(key) else {
-            return false;
-        };
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let got = rustix::net::recv(&peer.fd, &mut buffer[..], RecvFlags::DONTWAIT);
-        let has_more = match got {
-            Ok((0, _)) => {
-                self.close(key, now);
-                false
-            }
-            Ok((len, _)) => {
-                let bytes = buffer.get(..len).unwrap_or_default();
-                self.message(key, bytes, now, takes, wire, judge)
-            }
-            Err(Errno::WOULDBLOCK | Errno::INTR) => false,
-            Err(_) => {
-                self.close(key, now);
-                false
-            }
-        };
-        self.buffer = buffer;
-        has_more
-    }
-
-    fn message(
-        &mut self,
-        key: usize,
-        bytes: &[u8],
-        now: Instant,
-        takes: Takes,
-        wire: &mut impl Wire,
-        judge: &mut impl Judge,
-    ) -> bool {
-        let Some(peer) = self.peers.get(key) else {
-            return false;
-        };
-        match message::parse(bytes) {
-            Ok(Message::Frame(header, frame)) if peer.is.is_some() => {
-                self.frame(key, &header, frame, now, takes, wire, judge);
-                true
-            }
-            Ok(Message::Announcement(is)) => self.introduce(key, is, now),
-            other => {
-                self.view.lan.stats.all.malformed.inc();
-                peer.stats.malformed.inc();
-                match other {
-                    Err(error) => self.warn(format_args!("a card of the network: {error}")),
-                    Ok(_) => {
-                        self.warn(format_args!("a card of the network has not said who it is"))
-                    }
-                }
-                self.close(key, now);
-                false
-            }
-        }
-    }
-
-    /// A peer has said who it is. False: it was refused.
-    fn introduce(&mut self, key: usize, is: Announcement, now: Instant) -> bool {
-        let lan = Arc::clone(&self.view.lan);
-        let id = Id::new(is.mac);
-        let own = lan.meeting.id();
-        let is_taken = |(other, peer): (usize, &Peer)| {
-            other != key && peer.is.as_ref().is_some_and(|other| other.mac == is.mac)
-        };
-        let has_another = self.peers.iter().any(is_taken);
-        let Some(peer) = self.peers.get_mut(key) else {
-            return false;
-        };
-        let was = peer.is.as_ref().map(|was| was.mac);
-        // Who connects has the higher address; nobody becomes another one.
-        let is_right = match peer.expected {
-            Some(expected) => id == expected,
-            None => id > own && was.is_none_or(|was| was == is.mac),
-        };
-        if !is_right || has_another {
-            if has_another {
-                lan.stats.crowded.inc();
-            } else {
-                lan.stats.all.spoofed.inc();
-            }
-            self.warn(format_args!(
-                "a card of the network says that it serves {}, which it cannot",
-                is.mac
-            ));
-            self.close(key, now);
-            return false;
-        }
-        if was.is_none() {
-            peer.stats = lan.peer_stats(id);
-            tracing::info!(mac = %is.mac, name = is.name, "a member of the network has come");
-            if is.mtu != lan.spec.mtu {
-                tracing::warn!(
-                    mac = %is.mac, theirs = is.mtu, ours = lan.spec.mtu,
-                    "a member of the network has another MTU: packets longer than a receiver's are dropped"
-                );
-            }
-        }
-        peer.is = Some(is);
-        peer.wait = RETRY_MIN;
-        let said = peer.is.as_ref().map_or(0, |is| is.addresses.len());
-        self.tell_members();
-        let members = self.view.members.list().iter();
-        if let Some(member) = members.clone().find(|member| member.peer == key)
-            && member.is.addresses.len() < said
-        {
-            let mac = member.is.mac;
-            self.warn(format_args!(
-                "the member {mac} has addresses that are taken or not of this network; give each guest its own"
-            ));
-        }
-        true
-    }
-
-    #[allow(clippy::too_many_arguments)] // one call, one place
-    fn frame(
-        &mut self,
-        key: usize,
-        header: &NetHeader,
-        bytes: &[u8],
-        now: Instant,
-        takes: Takes,
-        wire: &mut impl Wire,
-        judge: &mut impl Judge,
-    ) {
-        let Some(peer) = self.peers.get(key) else {
-            return;
-        };
-        let lan = &self.view.lan;
-        let stats = [&*peer.stats, &lan.stats.all];
-        let Some(frame) = traffic::parse(header, bytes) else {
-            stats.iter().for_each(|stats| stats.malformed.inc());
-            return;
-        };
-        let from = traffic::packet(&frame).filter(|packet| {
-            let member = self.view.members.by_address(packet.source);
-            let is_senders = member.is_some_and(|member| member.peer == key)
-                && peer.is.as_ref().is_some_and(|is| is.mac == frame.source);
-            is_senders
-                && frame.destination == lan.spec.mac
-                && self.view.own.contains(packet.destination)
-        });
-        let Some(packet) = from else {
-            stats.iter().for_each(|stats| stats.spoofed.inc());
-            return;
-        };
-        let may = match traffic::kind(&frame, packet, Direction::In) {
-            Kind::Flow(meta) => judge.lets_pass(Direction::In, &meta, now),
-            Kind::Error(flow) => judge.lets_error_pass(&flow, now),
-            Kind::Fragment | Kind::Never => false,
-        };
-        if !may {
-            stats.iter().for_each(|stats| stats.denied_in.inc());
-            return;
-        }
-        if !wire.has_room() {
-            stats.iter().for_each(|stats| stats.dropped_in.inc());
-            return;
-        }
-        let send = |header, bytes: &[u8]| wire.send(header, bytes);
-        match segment::deliver(&frame, takes, lan.spec.mtu, &mut self.scratch, send) {
-            Ok(()) => {
-                for stats in stats {
-                    stats.frames_in.inc();
-                    stats.bytes_in.add((packet.end) as u64);
-                }
-            }
-            Err(_) => stats.iter().for_each(|stats| stats.unfit.inc()),
-        }
-    }
-}
-
-fn send(fd: &OwnedFd, parts: &[&[u8]]) -> Sent {
-    let slices: smallvec::SmallVec<[IoSlice<'_>; 3]> =
-        parts.iter().map(|part| IoSlice::new(part)).collect();
-    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-    match rustix::net::sendmsg(fd, &slices, &mut SendAncillaryBuffer::default(), flags) {
-        Ok(_) => Sent::Gone,
-        Err(Errno::WOULDBLOCK | Errno::INTR) => Sent::Later,
-        Err(_) => Sent::Never,
     }
 }
 

@@ -1,5 +1,5 @@
 //! What a guest's card does to a peer's frame that its own guest does not take as it is: completes
-//! the checksum, cuts a super-segment.
+//! the checksum, cuts a super-segment, or a packet that is too long and may be cut.
 //!
 //! Done by the receiver, since it alone knows what its guest accepted, and since then a frame between
 //! two guests that both take super-segments is copied and never touched. Cutting follows what TCP
@@ -8,6 +8,7 @@
 
 use std::net::IpAddr;
 
+use super::fragment;
 use crate::frame::header::{GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, NetHeader};
 use crate::frame::sum::Sum;
 use crate::frame::{FRAME_MAX, Frame, Net, Packet, TCP, Transport, UDP};
@@ -85,7 +86,16 @@ pub fn deliver(
         return cut(bytes, packet, payload, size, takes.partial, scratch, send);
     }
     if packet.end - packet.start > usize::from(mtu) {
-        return Err(Unfit::TooBig);
+        if packet.dont_fragment {
+            return Err(Unfit::TooBig);
+        }
+        let send = |piece: &[u8]| send(NetHeader::default(), piece);
+        if !frame.is_partial {
+            return fragment::cut(bytes, packet, mtu, scratch, send);
+        }
+        let mut whole = bytes.to_vec();
+        sum_up(&mut whole, packet);
+        return fragment::cut(&whole, packet, mtu, scratch, send);
     }
     if !frame.is_partial {
         send(NetHeader::default(), bytes);

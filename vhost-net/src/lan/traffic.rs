@@ -29,7 +29,7 @@ pub(super) enum Kind {
     Flow(Meta),
     /// Whether the flow is there that this ICMP error is about.
     Error(FlowKey),
-    /// Nothing: it is a part of a packet.
+    /// Nothing yet: it is a part of a packet.
     Fragment,
     /// Nothing: neighbour discovery, redirects and errors about nothing that can be read do not pass
     /// between guests.

@@ -7,12 +7,15 @@ use std::path::Path;
 use etherparse::PacketBuilder;
 use offload::testing::fuzz;
 use rustix::event::epoll;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use smoltcp::wire::EthernetAddress;
 
 use super::*;
 use crate::frame::Frame;
-use crate::frame::header::{GSO_TCPV4, NEEDS_CSUM};
+use crate::frame::header::{GSO_TCPV4, NEEDS_CSUM, NetHeader};
 use crate::lan::meeting::Meeting;
+use crate::lan::{QUEUE_BYTES, message, segment};
 use crate::spec::Spec;
 
 /// Far more than is needed: machines that run tests are slow and shared.
@@ -268,6 +271,75 @@ fn a_super_segment_arrives_as_one_and_in_pieces_where_the_guest_takes_none() {
     assert_eq!(whole, data);
     let stats = a.lan.peer_stats(Id::new(b.mac));
     assert_eq!((stats.frames_out.get(), stats.dropped_out.get()), (2, 0));
+}
+
+/// A packet as the guest of `from` sends it to that of `to` if its MTU is 1500, and whole.
+fn in_fragments(from: &Card, to: &Card, text: &[u8]) -> (Vec<Vec<u8>>, Vec<u8>) {
+    let mut whole = udp(from, to, text);
+    // May be cut.
+    whole[20] = 0;
+    whole[24..26].fill(0);
+    let sum = crate::frame::sum::Sum::default().bytes(&whole[14..34]);
+    whole[24..26].copy_from_slice(&sum.checksum().to_be_bytes());
+    let frame = Frame::parse(&whole, &NetHeader::default()).unwrap();
+    let mut pieces = Vec::new();
+    let keep = |_, piece: &[u8]| pieces.push(piece.to_vec());
+    segment::deliver(&frame, WHOLE, 1500, &mut Vec::new(), keep).unwrap();
+    (pieces, whole)
+}
+
+#[test]
+fn a_packet_in_fragments_is_judged_whole_and_arrives_as_its_receiver_takes_it() {
+    let (_dir, path) = network();
+    let (mut a, mut b) = (Card::new(&path, 21), Card::new(&path, 22));
+    meet(&mut [&mut a, &mut b]);
+    let text: Vec<u8> = (0..20_000_u32).map(|n| n as u8).collect();
+    let (pieces, whole) = in_fragments(&a, &b, &text);
+    assert_eq!(pieces.len(), 14);
+    let none = NetHeader::default();
+    // In any order.
+    for piece in pieces.iter().rev() {
+        assert!(a.door.asked.is_empty());
+        assert!(a.says(none, piece));
+    }
+    assert_eq!(a.stats.reassembled.get(), 1);
+    until(&mut [&mut a, &mut b], |cards| cards[1].wire.got.len() == 3);
+    for door in [&a.door, &b.door] {
+        let [(_, meta)] = &door.asked[..] else {
+            panic!("{:?}", door.asked)
+        };
+        assert_eq!(meta.bytes, 20_028);
+    }
+    let mut got = crate::frame::reassembly::Reassembly::default();
+    let frames = b.wire.got.iter().map(|(header, bytes)| {
+        assert!(bytes.len() <= 14 + 9001);
+        let frame = Frame::parse(bytes, header).unwrap();
+        got.add(&frame, Instant::now())
+    });
+    let crate::frame::reassembly::Outcome::Whole(got) = frames.last().unwrap() else {
+        panic!("not whole");
+    };
+    assert_eq!(*got, *whole);
+
+    // What the rules refuse is refused whole; what never comes whole is given up.
+    a.door.forbids = Some(Direction::Out);
+    for piece in &pieces {
+        assert!(a.says(none, piece));
+    }
+    assert_eq!(a.stats.denied.get(), 1);
+    a.door.forbids = None;
+    assert!(a.says(none, &pieces[3]));
+    let timeout = crate::frame::reassembly::TIMEOUT;
+    let late = Instant::now() + timeout;
+    assert!(a.port.deadline().unwrap() <= late);
+    a.step_at(late + LONG);
+    assert_eq!(a.stats.not_reassembled[0].get(), 1);
+    // A card that passes a fragment on is not believed.
+    let to = a.port.view.members.by_address("10.0.2.22".parse().unwrap());
+    let to = Arc::clone(to.unwrap());
+    a.port.send(&to.is, to.peer, &none, &pieces[0]);
+    let stats = b.lan.peer_stats(Id::new(a.mac));
+    until(&mut [&mut a, &mut b], |_| stats.denied_in.get() == 1);
 }
 
 #[test]
@@ -597,6 +669,80 @@ fn who_says_nothing_or_is_not_who_it_should_be_is_hung_up_on() {
     assert!(a.says(NetHeader::default(), &udp(&a, &b, b"still")));
     until(&mut [&mut a, &mut b], |cards| !cards[1].wire.got.is_empty());
     assert!(a.wire.got.is_empty());
+}
+
+/// Does something as another user, if this one may become it. `None`: it may not.
+fn as_nobody<R: Send>(act: impl FnOnce() -> R + Send) -> Option<R> {
+    if !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let nobody = rustix::process::Uid::from_raw(65534);
+    // The kernel keeps credentials for each thread.
+    let act = || {
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        act()
+    };
+    std::thread::scope(|scope| Some(scope.spawn(act).join().unwrap()))
+}
+
+fn open_to_all(path: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = std::fs::Permissions::from_mode;
+    let parent = path.parent().unwrap();
+    for dir in [parent, path] {
+        std::fs::set_permissions(dir, mode(0o711)).unwrap();
+    }
+    for file in std::fs::read_dir(path).unwrap() {
+        std::fs::set_permissions(file.unwrap().path(), mode(0o666)).unwrap();
+    }
+}
+
+#[test]
+fn another_user_who_gets_at_the_socket_is_refused_and_counted() {
+    let (_dir, path) = network();
+    let (mut a, mut b) = (Card::new(&path, 21), Card::new(&path, 22));
+    meet(&mut [&mut a, &mut b]);
+    // As the files are, nobody else comes that far.
+    let denied = as_nobody(|| {
+        let address = SocketAddrUnix::new(path.join(Id::new(a.mac).to_string())).unwrap();
+        let fd = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        rustix::net::connect(&fd, &address)
+    });
+    let Some(denied) = denied else {
+        println!("skipped: needs root");
+        return;
+    };
+    assert_eq!(denied, Err(Errno::ACCESS));
+    open_to_all(&path);
+    let (to_a, to_b) = as_nobody(|| (stranger(&path, &a), stranger(&path, &b))).unwrap();
+    until(&mut [&mut a, &mut b], |_| {
+        has_hung_up(&to_a) && has_hung_up(&to_b)
+    });
+    for card in [&mut a, &mut b] {
+        assert_eq!(card.lan.stats.strangers.get(), 1);
+        assert_eq!(card.members().len(), 1);
+    }
+    // One who listens where a member might is told nothing either.
+    let file = path.join(Id::new(EthernetAddress([0x52, 0x54, 0, 0, 0, 9])).to_string());
+    let fd = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::NONBLOCK,
+        None,
+    );
+    let fd = fd.unwrap();
+    rustix::net::bind(&fd, &SocketAddrUnix::new(file).unwrap()).unwrap();
+    // Whoever listens is who the socket's owner is taken for.
+    as_nobody(|| rustix::net::listen(&fd, 8).unwrap()).unwrap();
+    until(&mut [&mut a, &mut b], |cards| {
+        cards.iter().all(|card| card.lan.stats.strangers.get() > 1)
+    });
+    let connected = rustix::net::accept(&fd).unwrap();
+    let said = rustix::net::recv(&connected, &mut [0; 64][..], RecvFlags::DONTWAIT);
+    assert_eq!(said.map(|(len, _)| len), Ok(0));
+    // The members have noticed nothing.
+    assert!(a.says(NetHeader::default(), &udp(&a, &b, b"still")));
+    until(&mut [&mut a, &mut b], |cards| !cards[1].wire.got.is_empty());
 }
 
 #[test]
