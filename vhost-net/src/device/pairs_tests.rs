@@ -498,6 +498,115 @@ fn what_comes_in_fragments_through_several_queues_reaches_the_host_whole() {
     assert_eq!(guest.device.stats().stack.udp_opened.get(), 2);
 }
 
+/// Connects to a port of the host's, over and over, and keeps what was accepted. Each says its number.
+fn clients(port: u16, count: u32) -> JoinHandle<Vec<std::net::TcpStream>> {
+    std::thread::spawn(move || {
+        let connect = |number: u32| {
+            let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.write_all(&number.to_be_bytes()).unwrap();
+            stream
+        };
+        (0..count).map(connect).collect()
+    })
+}
+
+#[test]
+fn connections_to_a_published_port_come_through_every_pair_and_none_is_refused() {
+    const COUNT: u32 = 64;
+    let mut guest = Guest::new();
+    let publisher = publisher::Publisher::new(Arc::clone(&guest.device), true);
+    let rule = publisher.add("0:7777".parse().unwrap()).unwrap();
+    let handles: Vec<_> = (0..COUNT)
+        .map(|_| {
+            let buffer = || SocketBuffer::new(vec![0; 1 << 12]);
+            let mut socket = Socket::new(buffer(), buffer());
+            socket.listen(7777).unwrap();
+            guest.sockets.add(socket)
+        })
+        .collect();
+    let mut clients = Some(clients(rule.host.port(), COUNT));
+    let mut echoed = 0;
+    guest.until("all were echoed", |guest| {
+        for (at, handle) in handles.iter().enumerate() {
+            guest.tx_pair = at % 2;
+            let socket = guest.socket(*handle);
+            if socket.recv_queue() >= 4 {
+                let mut number = [0; 4];
+                socket.recv_slice(&mut number).unwrap();
+                socket.send_slice(&number).unwrap();
+                echoed += 1;
+            }
+        }
+        echoed == COUNT
+    });
+    let streams = clients.take().unwrap();
+    guest.until("all are connected", |_| streams.is_finished());
+    let streams = streams.join().unwrap();
+    let answers = std::thread::spawn(move || {
+        for (number, mut stream) in (0_u32..).zip(streams) {
+            let mut answer = [0; 4];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(u32::from_be_bytes(answer), number);
+        }
+    });
+    guest.until("all were answered", |_| answers.is_finished());
+    answers.join().unwrap();
+    let stats = &guest.device.stats().stack;
+    assert_eq!(stats.tcp_opened.get(), u64::from(COUNT));
+    // A flow has one port of the card's, whichever pair has the flow.
+    let peers: std::collections::HashSet<_> = handles
+        .iter()
+        .map(|handle| guest.sockets.get::<Socket<'_>>(*handle).remote_endpoint())
+        .collect();
+    assert_eq!(peers.len(), COUNT as usize);
+}
+
+#[test]
+fn datagrams_to_a_published_port_reach_a_guest_of_several_pairs_and_answers_go_back() {
+    const COUNT: u32 = 200;
+    let mut guest = Guest::new();
+    let publisher = publisher::Publisher::new(Arc::clone(&guest.device), true);
+    let rule = publisher.add("0:7000/udp".parse().unwrap()).unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect(rule.host).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let from = client.local_addr().unwrap().port();
+    let v4 = guest.spec.v4.unwrap();
+    for number in 0..COUNT {
+        client.send(&number.to_be_bytes()).unwrap();
+        // What the guest sends goes through the other pair every other time.
+        guest.tx_pair = (number % 2) as usize;
+        let end = Instant::now() + PATIENCE;
+        let got = loop {
+            assert!(Instant::now() < end, "{number} does not come");
+            guest.receive();
+            if let Some(packet) = guest.nic.rx.pop_front() {
+                break packet;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        };
+        let sliced = etherparse::SlicedPacket::from_ip(&got).unwrap();
+        let Some(etherparse::TransportSlice::Udp(udp)) = &sliced.transport else {
+            panic!("no datagram")
+        };
+        // The gateway's address, and the peer's own port.
+        assert_eq!(got[12..16], v4.gateway.octets());
+        assert_eq!((udp.source_port(), udp.destination_port()), (from, 7000));
+        assert_eq!(udp.payload(), number.to_be_bytes());
+        let mut answer = Vec::new();
+        PacketBuilder::ipv4(v4.address.octets(), v4.gateway.octets(), 64)
+            .udp(7000, from)
+            .write(&mut answer, &number.to_be_bytes())
+            .unwrap();
+        guest.send_packet(&answer);
+        let mut buffer = [0; 64];
+        let len = client.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..len], number.to_be_bytes());
+    }
+    assert_eq!(guest.device.stats().stack.udp_opened.get(), 1);
+}
+
 #[test]
 fn a_smaller_mtu_of_the_frontends_is_kept_and_one_that_is_none_is_refused() {
     use offload::testing::frontend::words;

@@ -66,6 +66,11 @@ mod tests;
 
 /// Turns in one run, so that rings and sockets are looked at in between.
 const TURNS_MAX: usize = 256;
+/// Ports for peers that cannot keep their address: the dynamic ones (RFC 6335, 6).
+const PORT_FIRST: u16 = 49152;
+const PORTS: u16 = 16384;
+/// Queue pairs that begin apart from each other in these.
+const PAIRS: u16 = 8;
 
 /// Where frames for the guest go.
 pub trait Wire {
@@ -419,6 +424,8 @@ impl Stack {
         now: Instant,
     ) -> Self {
         let caps = port::capabilities(spec.mtu, settings.accepts);
+        let pair = settings.share.as_ref().map_or(0, |share| share.pair);
+        let next_port = pair.wrapping_mul(PORTS / PAIRS);
         let mut scratch = Scratch::new();
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
@@ -447,7 +454,8 @@ impl Stack {
             serial: 0,
             identification: seed as u32,
             bulk: 0,
-            next_port: 0,
+            // Pairs begin apart from each other, so that they seldom choose the same.
+            next_port,
         }
     }
 
@@ -789,7 +797,7 @@ impl Stack {
     /// A number for a connection into the guest that cannot keep its peer's address.
     fn port(&mut self) -> u16 {
         self.next_port = self.next_port.wrapping_add(1);
-        49152 + self.next_port % 16384
+        PORT_FIRST + self.next_port % PORTS
     }
 
     /// The guest's address in the family of `like`.
@@ -801,28 +809,39 @@ impl Stack {
         }
     }
 
-    /// As whom a peer of a published port appears to the guest: as itself, unless its address means
-    /// something else in there.
-    fn peer_as_seen(&mut self, peer: SocketAddr) -> SocketAddr {
-        match self.route(peer.ip()) {
-            Route::Host(_) => peer,
-            Route::Card | Route::None => (self.own_address(peer.ip()), self.port()).into(),
+    /// Makes a flow of a peer's connection to a port of the guest's this pair's, with a port of the
+    /// card's choice for a peer that cannot keep its address.
+    fn claim_inward(&mut self, peer: SocketAddr, guest_port: u16) -> Option<FlowKey> {
+        let is_kept = matches!(self.route(peer.ip()), Route::Host(_));
+        let tries = if is_kept { 1 } else { PORTS };
+        for _ in 0..tries {
+            let peer = match is_kept {
+                true => peer,
+                false => (self.own_address(peer.ip()), self.port()).into(),
+            };
+            let key = FlowKey {
+                protocol: TCP,
+                guest: (self.guest_address(peer.ip())?, guest_port).into(),
+                peer,
+            };
+            if self.by_key.contains_key(&key) {
+                continue;
+            }
+            match self.claim(&key) {
+                Claim::Granted => return Some(key),
+                Claim::Full => return None,
+                // Another pair has that number.
+                Claim::Of(_) => {}
+            }
         }
+        None
     }
 
     /// A connection to a published port: `flow` is to be given its socket at once. `None`: the
     /// table is full, or the guest has no such address; the connection is to be closed.
     pub fn accept(&mut self, peer: SocketAddr, guest_port: u16, now: Instant) -> Option<usize> {
-        let peer = self.peer_as_seen(peer);
-        let guest = SocketAddr::from((self.guest_address(peer.ip())?, guest_port));
-        let key = FlowKey {
-            protocol: TCP,
-            guest,
-            peer,
-        };
-        if self.by_key.contains_key(&key) || self.claim(&key) != Claim::Granted {
-            return None;
-        }
+        let key = self.claim_inward(peer, guest_port)?;
+        let (guest, peer) = (key.guest, key.peer);
         let time = smoltcp_time(self.epoch, now);
         // The interface has no call that only sets its clock.
         self.iface.poll_maintenance(time);

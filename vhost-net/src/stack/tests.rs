@@ -1014,3 +1014,26 @@ fn a_small_segment_waits_for_company_before_it_is_acknowledged_and_a_large_one_d
     world.settle();
     assert_eq!(waiting(&mut world), 0);
 }
+
+#[test]
+fn pairs_that_choose_a_peers_port_at_the_same_time_choose_different_ones() {
+    let owners = Arc::new(Owners::new(100_000));
+    let now = Instant::now();
+    let mut stacks = [0, 1, 9].map(|pair| {
+        let settings = Settings {
+            share: Some(Share {
+                owners: Arc::clone(&owners),
+                pair,
+            }),
+            ..Settings::default()
+        };
+        Stack::new(Arc::new(Spec::default()), settings, Arc::default(), 1, now)
+    });
+    // More than lie between the places where they begin.
+    let peer = "127.0.0.1:9".parse().unwrap();
+    for _ in 0..3000 {
+        for stack in &mut stacks {
+            assert!(stack.accept(peer, 22, now).is_some());
+        }
+    }
+}
