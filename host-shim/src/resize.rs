@@ -35,7 +35,8 @@ const MAX: &str = "max";
 pub(crate) fn resize(args: &ResizeArgs) -> anyhow::Result<ExitCode> {
     let run_dir = run_dir(&args.vm, args.disk)?;
     let control = run_dir.join(disk_label(args.disk)).join(CONTROL_SOCKET);
-    if !control.exists() {
+    let is_there = control.try_exists();
+    if !is_there.with_context(|| format!("cannot look for {}", control.display()))? {
         bail!(
             "{} has no disk {} that is served: there is no {}. While the VM runs, count its disks from 0; \
              the volume of one that does not run grows with: vhost-blk resize --volume VOLUME --size {}",

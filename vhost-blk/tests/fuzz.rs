@@ -422,7 +422,9 @@ fn bend_table(random: &mut Random, table: &mut Vec<KeyEntry>) {
         return;
     };
     match random.below(5) {
-        0 => table.push(row),
+        // More is not for a header to hold.
+        0 if table.len() < TABLE_MAX => table.push(row),
+        0 => table.truncate(TABLE_MAX / 2),
         // Each costs the deriving of its keys.
         1 if random.one_in(10) => table.resize(TABLE_MAX, row),
         1 => table.resize(100, row),
