@@ -115,8 +115,11 @@ pub enum RecoverError {
     },
 }
 
-/// Deltas of the log that are put into the map together.
+/// Deltas of the log that are put into the map together, at least. The more, the more of their leaves
+/// lie side by side in the backing and are read at once: a checkpoint wrote them in a row.
 const REPLAY_GROUP: usize = 64 << 10;
+/// The share of the map's memory that they may take, which only opening needs.
+const REPLAY_SHARE: u64 = 4;
 
 /// Where the log stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -365,7 +368,8 @@ fn open(
     };
     let space = Tree::load(TreeKind::Space, superblock.space_root, &reader);
     space.page_entries().for_each(&mut named);
-    let mut map = MapTree::new(superblock.map_root, budget(&geometry)?);
+    let cache = budget(&geometry)?;
+    let mut map = MapTree::new(superblock.map_root, cache);
     let missing = open_upper(&mut map, &reader, &mut named);
     // No more can name a session than there are slots; what counts on from here must not overflow.
     let slots = geometry.chunks.saturating_mul(CHUNK_SLOTS);
@@ -400,7 +404,9 @@ fn open(
         cache_for: |_| 0,
     };
     if !recovered.superblock.clean {
-        recovered.replay(backing)?;
+        let group =
+            usize::try_from(cache / REPLAY_SHARE).unwrap_or(usize::MAX) / size_of::<Delta>();
+        recovered.replay(backing, group.max(REPLAY_GROUP))?;
     }
     recovered.find_used_slots(backing);
     Ok(recovered)
@@ -456,7 +462,8 @@ impl Recovered {
         Ok(None)
     }
 
-    fn replay(&mut self, backing: &dyn Backing) -> io::Result<()> {
+    /// `group`: how many deltas are put into the map together.
+    fn replay(&mut self, backing: &dyn Backing, group: usize) -> io::Result<()> {
         let mut reader = SlotReader::new(backing);
         let mut good = Vec::new();
         let mut next = self.next_batch(&mut reader)?;
@@ -473,7 +480,7 @@ impl Recovered {
             }
             good.extend(deltas);
             self.replayed += 1;
-            if good.len() >= REPLAY_GROUP {
+            if good.len() >= group {
                 self.apply(backing, &mut good);
             }
         }
