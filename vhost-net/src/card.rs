@@ -16,7 +16,7 @@ use crate::frame::{Frame, Malformed, Net, TCP, Transport, UDP};
 use crate::local::{Direction, FlowKey, Meta, Outbox, Verdict};
 use crate::policy::observe;
 use crate::spec::Spec;
-use crate::stack::{Host, Locals, Stack, Stats, Unreachable, Wire};
+use crate::stack::{Host, Locals, Read, Stack, Stats, Unreachable, Wire};
 
 /// Why a packet in fragments came to nothing: its time was over, newer ones needed its place, its
 /// fragments contradict each other, a fragment makes no sense by itself.
@@ -263,6 +263,13 @@ impl<W: Wire> Wire for Watched<'_, W> {
             seen.extend(observe::outgoing(&header, frame));
         }
         self.wire.send(header, frame);
+    }
+
+    fn send_from(&mut self, header: NetHeader, head: &[u8], len: usize, read: Read<'_>) {
+        if let Some(seen) = &mut self.seen {
+            seen.extend(observe::outgoing(&header, head));
+        }
+        self.wire.send_from(header, head, len, read);
     }
 }
 

@@ -178,10 +178,11 @@ const OPEN_CALLS: &[i64] = &[libc::SYS_openat, libc::SYS_openat2, libc::SYS_getd
 /// What the first filter refuses, so the list need not: see the module.
 const TURNED_AWAY: &[i64] = &[libc::SYS_openat];
 
-/// Requests of `ioctl` that are let through: blocking mode, "is this a terminal" and its width
-/// (libc's `isatty`), the geometry of block devices.
+/// Requests of `ioctl` that are let through: blocking mode, how much a socket holds, "is this a
+/// terminal" and its width (libc's `isatty`), the geometry of block devices.
 const IOCTLS: &[u64] = &[
     0x5421,
+    0x541b,
     0x5401,
     0x5413,
     0x8008_1272,

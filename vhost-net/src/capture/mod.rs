@@ -88,10 +88,17 @@ pub struct Tap {
 }
 
 impl Tap {
+    /// Whether anybody captures.
+    #[inline]
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.is_wanted.load(Ordering::Relaxed)
+    }
+
     /// A frame passes, seen from the guest.
     #[inline]
     pub fn frame(&self, direction: Direction, frame: &[u8]) {
-        if self.is_wanted.load(Ordering::Relaxed) {
+        if self.is_wanted() {
             self.hand_out(direction, frame);
         }
     }

@@ -15,14 +15,14 @@ use offload::memory::GuestMemory;
 use offload::telemetry::QueueStats;
 use offload::worker::QueueIo;
 use smallvec::SmallVec;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, VolatileSlice};
 
 use super::exchange::Link;
 use super::limits::RxGate;
 use super::{Negotiated, Shared};
 use crate::frame::header::{HEADER_LEN, NetHeader};
 use crate::local::Direction;
-use crate::stack::Wire;
+use crate::stack::{Read, Wire, gathered};
 
 /// Frames that wait for buffers, at most; behind that they are dropped and counted. The stack
 /// stops sending as soon as one waits.
@@ -66,11 +66,14 @@ pub(super) fn gather_front<'b>(
     None
 }
 
-/// Bytes that are carried, either way, before the rings are published. Guest and card work at the
+/// Bytes that are carried from the guest before the rings are published. Guest and card work at the
 /// same time only when the one has something while the other works on the next: with all that a
 /// window holds in one piece they take turns instead. Small enough to stay in a processor's cache
 /// from one copy to the next, large enough for two super-segments.
 pub(super) const ROUND_BYTES: usize = 128 << 10;
+
+/// The same for what goes to the guest: as much as a flow that is alone sends in a turn.
+const TO_GUEST_BYTES: usize = 1 << 20;
 
 /// What a receive queue needs from round to round.
 pub(super) struct RxSide {
@@ -129,6 +132,18 @@ impl RxSide {
     }
 }
 
+type Chains = SmallVec<[Chain; 20]>;
+
+/// What buffers there are for a frame.
+enum Buffers {
+    /// They suffice.
+    Enough,
+    /// There are too few now.
+    NotNow,
+    /// It fits in no buffers that the guest has: the frame is lost, and was counted.
+    NeverEnough,
+}
+
 /// A receive queue to send to.
 pub(super) struct RxWire<'a, 'io> {
     side: &'a mut RxSide,
@@ -167,8 +182,101 @@ impl RxWire<'_, '_> {
 
     /// Puts a frame into the guest's buffers; false, and nothing done, if they do not suffice.
     fn place(&mut self, header: NetHeader, frame: &[u8]) -> bool {
-        let needed = self.side.negotiated.header_len + frame.len();
-        let mut chains: SmallVec<[Chain; 20]> = SmallVec::new();
+        let mut chains = Chains::new();
+        match self.take(frame.len(), &mut chains) {
+            Buffers::Enough => {}
+            Buffers::NeverEnough => return true,
+            Buffers::NotNow => return false,
+        }
+        let header = self.header_bytes(header, chains.len());
+        let mut parts = [
+            header
+                .get(..self.side.negotiated.header_len)
+                .unwrap_or(&header),
+            frame,
+        ];
+        for chain in chains {
+            let mut written = 0;
+            for segment in &chain.writable {
+                written += fill(segment, self.io.memory(), &mut parts);
+            }
+            self.io.complete(chain.token, written);
+        }
+        self.side.stats.bytes_read.add(frame.len() as u64);
+        self.side.shared.tap.frame(Direction::In, frame);
+        self.side.sent += frame.len();
+        true
+    }
+
+    /// The same for a frame of which `len` bytes are elsewhere, which `read` copies straight into the
+    /// guest's buffers. False, too, if they are not such that it can.
+    fn place_from(&mut self, header: NetHeader, head: &[u8], len: usize, read: Read<'_>) -> bool {
+        let total = head.len() + len;
+        let mut chains = Chains::new();
+        match self.take(total, &mut chains) {
+            Buffers::Enough => {}
+            Buffers::NeverEnough => return true,
+            Buffers::NotNow => return false,
+        }
+        let header = self.header_bytes(header, chains.len());
+        let mut parts = [
+            header
+                .get(..self.side.negotiated.header_len)
+                .unwrap_or(&header),
+            head,
+        ];
+        let memory = Arc::clone(self.io.memory());
+        let mut places: SmallVec<[VolatileSlice<'_>; 24]> = SmallVec::new();
+        let mut left = len;
+        let mut is_there = true;
+        let mut written: SmallVec<[u32; 24]> = SmallVec::new();
+        for chain in &chains {
+            let mut of_chain = 0;
+            for segment in &chain.writable {
+                let head = fill(segment, &memory, &mut parts);
+                let room = left.min((segment.len - head) as usize);
+                of_chain += head + room as u32;
+                left -= room;
+                if room > 0 {
+                    let at = GuestAddress(segment.addr.wrapping_add(head.into()));
+                    for place in memory.get_slices(at, room) {
+                        match place {
+                            Ok(place) => places.push(place),
+                            Err(_) => is_there = false,
+                        }
+                    }
+                }
+            }
+            written.push(of_chain);
+        }
+        if !is_there || !read(&places) {
+            // The guest has taken memory away, or the host's socket has failed.
+            while let Some(chain) = chains.pop() {
+                self.io.unpop(chain.token);
+            }
+            self.side.shared.stats.overruns.inc();
+            return true;
+        }
+        for (chain, written) in chains.into_iter().zip(written) {
+            self.io.complete(chain.token, written);
+        }
+        self.side.stats.bytes_read.add(total as u64);
+        self.side.sent += total;
+        true
+    }
+
+    /// The virtio-net header of a frame in so many buffers.
+    fn header_bytes(&self, header: NetHeader, buffers: usize) -> [u8; HEADER_LEN] {
+        let header = NetHeader {
+            num_buffers: buffers as u16,
+            ..header
+        };
+        header.to_bytes()
+    }
+
+    /// Takes buffers for a frame of so many bytes.
+    fn take(&mut self, len: usize, chains: &mut Chains) -> Buffers {
+        let needed = self.side.negotiated.header_len + len;
         let mut room = 0;
         while room < needed {
             let may_take = if self.side.negotiated.merges {
@@ -202,30 +310,13 @@ impl RxWire<'_, '_> {
             if !is_hopeless {
                 self.io.want(self.side.queue);
             }
-            return is_hopeless;
+            return if is_hopeless {
+                Buffers::NeverEnough
+            } else {
+                Buffers::NotNow
+            };
         }
-        let header = NetHeader {
-            num_buffers: chains.len() as u16,
-            ..header
-        };
-        let header: [u8; HEADER_LEN] = header.to_bytes();
-        let mut parts = [
-            header
-                .get(..self.side.negotiated.header_len)
-                .unwrap_or(&header),
-            frame,
-        ];
-        for chain in chains {
-            let mut written = 0;
-            for segment in &chain.writable {
-                written += fill(segment, self.io.memory(), &mut parts);
-            }
-            self.io.complete(chain.token, written);
-        }
-        self.side.stats.bytes_read.add(frame.len() as u64);
-        self.side.shared.tap.frame(Direction::In, frame);
-        self.side.sent += frame.len();
-        true
+        Buffers::Enough
     }
 }
 
@@ -252,7 +343,7 @@ impl Wire for RxWire<'_, '_> {
     }
 
     fn has_enough(&self) -> bool {
-        self.side.sent >= ROUND_BYTES
+        self.side.sent >= TO_GUEST_BYTES
     }
 
     fn send(&mut self, header: NetHeader, frame: &[u8]) {
@@ -270,5 +361,20 @@ impl Wire for RxWire<'_, '_> {
             return;
         }
         self.side.waiting.push_back((header, frame.into()));
+    }
+
+    fn send_from(&mut self, header: NetHeader, head: &[u8], len: usize, read: Read<'_>) {
+        let total = head.len() + len;
+        let goes_straight = self.detour().is_none()
+            && self.side.waiting.is_empty()
+            && !self.side.shared.tap.is_wanted()
+            && self.side.gate.may_send(&header, total);
+        if goes_straight && self.place_from(header, head, len, read) {
+            self.side.gate.sent();
+        } else if let Some(frame) = gathered(head, len, read) {
+            self.send(header, &frame);
+        } else {
+            self.side.shared.stats.overruns.inc();
+        }
     }
 }

@@ -21,15 +21,19 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto,
 };
 
+use vm_memory::VolatileSlice;
+
 use crate::lan::port::Watcher;
 use crate::local::Outgoing;
 use crate::stack::{Event, Host, Kind, Report};
 
 mod asked;
+mod kept;
 mod path;
 pub mod publish;
 
 use asked::Asked;
+use kept::Peeking;
 pub use path::may_ping;
 use publish::{Published, Transport};
 
@@ -48,6 +52,8 @@ struct Socket {
     fd: OwnedFd,
     /// Tells it from earlier ones of the same number.
     serial: u32,
+    /// It keeps its bytes.
+    peeking: Option<Peeking>,
 }
 
 /// What happened at the host.
@@ -194,6 +200,7 @@ impl HostSockets {
             *place = Some(Socket {
                 fd,
                 serial: self.serial,
+                peeking: None,
             });
         }
         Ok(())
@@ -212,6 +219,13 @@ impl HostSockets {
         let socket = self.sockets.get(flow).and_then(Option::as_ref);
         let socket = socket.ok_or(io::Error::from(io::ErrorKind::NotConnected))?;
         Ok(socket.fd.as_fd())
+    }
+
+    fn peeking(&mut self, flow: usize) -> io::Result<(&OwnedFd, &mut Peeking)> {
+        let socket = self.sockets.get_mut(flow).and_then(Option::as_mut);
+        socket
+            .and_then(|socket| Some((&socket.fd, socket.peeking.as_mut()?)))
+            .ok_or(io::ErrorKind::NotConnected.into())
     }
 
     /// Watches these published ports, and no others.
@@ -304,6 +318,28 @@ impl Host for HostSockets {
     fn recv(&mut self, flow: usize, buffer: &mut [u8]) -> io::Result<usize> {
         let (len, _) = rustix::net::recv(self.fd(flow)?, buffer, RecvFlags::empty())?;
         Ok(len)
+    }
+
+    fn keep(&mut self, flow: usize) -> bool {
+        let socket = self.sockets.get_mut(flow).and_then(Option::as_mut);
+        socket.is_some_and(|socket| {
+            socket.peeking = Peeking::begin(&socket.fd);
+            socket.peeking.is_some()
+        })
+    }
+
+    fn pending(&mut self, flow: usize) -> io::Result<usize> {
+        Ok(rustix::io::ioctl_fionread(self.fd(flow)?)? as usize)
+    }
+
+    fn peek(&mut self, flow: usize, at: usize, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        let (fd, peeking) = self.peeking(flow)?;
+        peeking.peek(fd, at, into)
+    }
+
+    fn discard(&mut self, flow: usize, count: usize) -> io::Result<usize> {
+        let (fd, peeking) = self.peeking(flow)?;
+        peeking.discard(fd, count)
     }
 
     fn send(&mut self, flow: usize, bytes: &[u8]) -> io::Result<usize> {

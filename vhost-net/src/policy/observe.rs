@@ -7,21 +7,24 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use smoltcp::wire::{
-    ETHERNET_HEADER_LEN, EthernetFrame, EthernetProtocol, IPV6_HEADER_LEN, IpProtocol, Ipv4Packet,
-    Ipv6Packet,
+    ETHERNET_HEADER_LEN, EthernetFrame, EthernetProtocol, IPV4_HEADER_LEN, IPV6_HEADER_LEN,
+    IpProtocol, Ipv4Packet, Ipv6Packet,
 };
 
 use crate::frame::header::NetHeader;
 use crate::local::{Direction, FlowKey, Meta};
 
-/// The flow and size of a frame to the guest. `None`: no flow's, as ARP, ND and ICMP errors.
+/// The flow and size of a frame to the guest, of which the headers suffice. `None`: no flow's, as ARP, ND
+/// and ICMP errors.
 #[must_use]
 pub fn outgoing(header: &NetHeader, frame: &[u8]) -> Option<Meta> {
     let ethernet = EthernetFrame::new_checked(frame).ok()?;
     let (source, destination, protocol, start, bytes): (IpAddr, IpAddr, _, _, _) =
         match ethernet.ethertype() {
             EthernetProtocol::Ipv4 => {
-                let packet = Ipv4Packet::new_checked(ethernet.payload()).ok()?;
+                let packet = ethernet.payload();
+                packet.get(..IPV4_HEADER_LEN)?;
+                let packet = Ipv4Packet::new_unchecked(packet);
                 if packet.frag_offset() != 0 {
                     return None;
                 }
@@ -38,7 +41,9 @@ pub fn outgoing(header: &NetHeader, frame: &[u8]) -> Option<Meta> {
                 )
             }
             EthernetProtocol::Ipv6 => {
-                let packet = Ipv6Packet::new_checked(ethernet.payload()).ok()?;
+                let packet = ethernet.payload();
+                packet.get(..IPV6_HEADER_LEN)?;
+                let packet = Ipv6Packet::new_unchecked(packet);
                 let source: Ipv6Addr = packet.src_addr();
                 let destination: Ipv6Addr = packet.dst_addr();
                 let total = IPV6_HEADER_LEN + usize::from(packet.payload_len());

@@ -112,6 +112,34 @@ pub(super) fn finish(
     }
 }
 
+/// What a frame of smoltcp's says about its TCP segment.
+pub(super) struct Segment {
+    pub(super) sequence: u32,
+    pub(super) is_syn: bool,
+    /// Where in the frame its payload is.
+    pub(super) payload_at: usize,
+}
+
+/// Looks into a frame of smoltcp's, which has no IP options and no extension headers. `None`: it is not
+/// TCP.
+pub(super) fn tcp_segment(frame: &[u8]) -> Option<Segment> {
+    let packet = frame.get(ETHERNET_LEN..)?;
+    let (ip_len, protocol) = match packet.first()? >> 4 {
+        4 => (20, packet.get(9)?),
+        _ => (40, packet.get(6)?),
+    };
+    if *protocol != TCP {
+        return None;
+    }
+    let header = packet.get(ip_len..)?;
+    let sequence = header.get(4..8)?.first_chunk()?;
+    Some(Segment {
+        sequence: u32::from_be_bytes(*sequence),
+        is_syn: header.get(13)? & 2 != 0,
+        payload_at: ETHERNET_LEN + ip_len + usize::from(header.get(12)? >> 4) * 4,
+    })
+}
+
 /// An IP header's variable parts.
 #[derive(Clone, Copy, Debug)]
 struct IpHead {

@@ -24,7 +24,8 @@
 //! new connections with a reset and drops new datagrams, and counts both. A TCP flow holds twice
 //! [`tcp::BUFFER_SMALL`] bytes at most, and [`tcp::BULK_MAX`] of each queue pair hold
 //! [`tcp::BUFFER_TO_HOST`] plus [`tcp::BUFFER_TO_GUEST`]: with one pair 1.5 GiB, and 4 GiB for 8192 others,
-//! if the guest does its worst. Pages that were never needed are never touched: a silent flow takes
+//! if the guest does its worst. Where sockets keep the bytes for the guest (see `kept`), the second of
+//! either is the kernel's, and bounded by the host's `tcp_rmem`. Pages that were never needed are never touched: a silent flow takes
 //! 36 KiB.
 
 use std::cmp::Reverse;
@@ -39,6 +40,7 @@ use slab::Slab;
 use smoltcp::iface::{Config, Interface, SocketSet};
 use smoltcp::phy::DeviceCapabilities;
 use smoltcp::wire::HardwareAddress;
+use vm_memory::VolatileSlice;
 
 use crate::frame::header::NetHeader;
 use crate::frame::{Frame, Net, Packet, TCP, Transport, UDP};
@@ -47,6 +49,8 @@ use crate::spec::{self, Spec};
 
 mod datagram;
 mod emit;
+mod hollow;
+mod kept;
 mod owners;
 mod port;
 mod tcp;
@@ -84,6 +88,25 @@ pub trait Wire {
 
     /// Takes a frame, whose Ethernet header comes first. When there is no room it may be dropped.
     fn send(&mut self, header: NetHeader, frame: &[u8]);
+
+    /// Takes a frame that begins with `head`, and whose other `len` bytes are elsewhere: `read` copies
+    /// them to where the frame is to be, or says that it cannot; the frame is lost then.
+    fn send_from(&mut self, header: NetHeader, head: &[u8], len: usize, read: Read<'_>) {
+        if let Some(frame) = gathered(head, len, read) {
+            self.send(header, &frame);
+        }
+    }
+}
+
+/// Copies the bytes of a frame to where they are to be, and says whether it could.
+pub type Read<'a> = &'a mut dyn FnMut(&[VolatileSlice<'_>]) -> bool;
+
+/// A frame in one piece. `None`: its bytes are not there.
+pub(crate) fn gathered(head: &[u8], len: usize, read: Read<'_>) -> Option<Vec<u8>> {
+    let mut frame = vec![0; head.len() + len];
+    let (front, rest) = frame.split_at_mut(head.len());
+    front.copy_from_slice(head);
+    read(&[VolatileSlice::from(rest)]).then_some(frame)
 }
 
 /// What kind of socket a flow needs.
@@ -120,6 +143,40 @@ pub trait Host {
     /// # Errors
     /// The kernel's; `WouldBlock`: nothing there.
     fn recv(&mut self, flow: usize, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// Lets a stream's socket keep what it receives until [`Self::discard`]: see [`Self::peek`]. False:
+    /// it cannot; then none of these calls are made.
+    fn keep(&mut self, flow: usize) -> bool {
+        let _ = flow;
+        false
+    }
+
+    /// Bytes that the socket keeps.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn pending(&mut self, flow: usize) -> io::Result<usize> {
+        let _ = flow;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Copies kept bytes, from the one at `at` on; 0 at the end of a stream.
+    ///
+    /// # Errors
+    /// The kernel's; `WouldBlock`: nothing there.
+    fn peek(&mut self, flow: usize, at: usize, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        let _ = (flow, at, into);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Drops the first kept bytes, at most so many; gives how many.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn discard(&mut self, flow: usize, count: usize) -> io::Result<usize> {
+        let _ = (flow, count);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Sends.
     ///
@@ -331,6 +388,8 @@ struct Bench<'a, W, H> {
     stats: &'a Stats,
     udp_one_way: Duration,
     udp_stream: Duration,
+    /// No other flow waits for a turn.
+    is_alone: bool,
     identification: &'a mut u32,
     /// Flows that use all of their buffers.
     bulk: &'a mut usize,
@@ -431,6 +490,7 @@ impl Stack {
         config.random_seed = seed;
         let mut port = Port {
             ingress: None,
+            source: None,
             wire: &mut NoWire,
             scratch: &mut scratch,
             ends: ends(&spec),
@@ -712,6 +772,7 @@ impl Stack {
             stats: &self.stats,
             udp_one_way: self.settings.udp_one_way,
             udp_stream: self.settings.udp_stream,
+            is_alone: self.ready.is_empty(),
             identification: &mut self.identification,
             bulk: &mut self.bulk,
         };
@@ -737,6 +798,7 @@ impl Stack {
     fn reset<W: Wire>(&mut self, packet: &[u8], now: Instant, wire: &mut W) {
         let mut port = Port {
             ingress: Some(packet),
+            source: None,
             wire,
             scratch: &mut self.scratch,
             ends: ends(&self.spec),

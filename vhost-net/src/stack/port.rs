@@ -5,9 +5,12 @@
 
 use smoltcp::phy::{self, Checksum, DeviceCapabilities, Medium, PacketMeta};
 use smoltcp::time::Instant;
+use vm_memory::VolatileSlice;
 
 use super::Wire;
 use super::emit::{self, Ends};
+use super::hollow::Hollow;
+use super::kept::Source;
 use crate::frame::{ETHERNET_LEN, FRAME_MAX};
 
 /// Largest super-segment: what an IPv4 header can say.
@@ -42,21 +45,41 @@ pub(super) fn capabilities(mtu: u16, accepts: Accepts) -> DeviceCapabilities {
 }
 
 /// A frame's worth of memory, used again and again.
-pub(super) struct Scratch(Box<[u8]>);
+pub(super) struct Scratch {
+    bytes: Box<[u8]>,
+    /// For frames of which only the headers are wanted.
+    hollow: Option<Hollow>,
+}
+
+/// Longer than any headers, and no longer than a page of a [`Hollow`].
+const HEADERS_MAX: usize = 4096;
 
 impl Scratch {
     pub(super) fn new() -> Self {
-        Self(vec![0; FRAME_MAX].into_boxed_slice())
+        Self {
+            bytes: vec![0; FRAME_MAX].into_boxed_slice(),
+            hollow: Hollow::new(FRAME_MAX),
+        }
     }
 
     pub(super) fn bytes(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.bytes
+    }
+
+    /// Memory for a frame of which what is behind its first [`HEADERS_MAX`] bytes is not wanted.
+    fn headers(&mut self) -> &mut [u8] {
+        match &mut self.hollow {
+            Some(hollow) => hollow.bytes(),
+            None => &mut self.bytes,
+        }
     }
 }
 
 /// The device for one poll.
 pub(super) struct Port<'a, W> {
     pub(super) ingress: Option<&'a [u8]>,
+    /// Where payload is that is not in smoltcp's ring.
+    pub(super) source: Option<&'a mut dyn Source>,
     pub(super) wire: &'a mut W,
     pub(super) scratch: &'a mut Scratch,
     pub(super) ends: Ends,
@@ -75,6 +98,7 @@ impl phy::RxToken for Rx<'_> {
 
 /// See [`phy::TxToken`].
 pub(super) struct Tx<'a, W> {
+    source: Option<&'a mut dyn Source>,
     wire: &'a mut W,
     scratch: &'a mut Scratch,
     ends: Ends,
@@ -84,12 +108,35 @@ pub(super) struct Tx<'a, W> {
 
 impl<W: Wire> phy::TxToken for Tx<'_, W> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let buffer = self.scratch.bytes();
+        // A flow's frame that is so long is a segment with payload.
+        let is_hollow =
+            len > HEADERS_MAX && self.source.as_ref().is_some_and(|it| it.has_payload());
+        let buffer = if is_hollow {
+            self.scratch.headers()
+        } else {
+            self.scratch.bytes()
+        };
         let end = (ETHERNET_LEN + len).min(buffer.len());
         let frame = &mut buffer[..end];
         let result = f(&mut frame[ETHERNET_LEN..]);
         let header = emit::finish(frame, self.ends, self.accepts.partial, self.segment);
-        self.wire.send(header, frame);
+        let Some(source) = self.source else {
+            self.wire.send(header, frame);
+            return result;
+        };
+        let segment = emit::tcp_segment(frame);
+        if let Some(segment) = &segment
+            && segment.is_syn
+        {
+            source.begins(segment.sequence.wrapping_add(1));
+        }
+        match segment.and_then(|it| Some((it.sequence, frame.split_at_checked(it.payload_at)?))) {
+            Some((sequence, (head, payload))) if source.has_payload() && !payload.is_empty() => {
+                let mut read = |into: &[VolatileSlice<'_>]| source.read(sequence, into);
+                self.wire.send_from(header, head, payload.len(), &mut read);
+            }
+            _ => self.wire.send(header, frame),
+        }
         result
     }
 
@@ -128,6 +175,10 @@ impl<W: Wire> phy::Device for Port<'_, W> {
 impl<W: Wire> Port<'_, W> {
     fn token(&mut self) -> Tx<'_, W> {
         Tx {
+            source: match &mut self.source {
+                Some(source) => Some(&mut **source),
+                None => None,
+            },
             wire: self.wire,
             scratch: self.scratch,
             ends: self.ends,

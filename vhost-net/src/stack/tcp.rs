@@ -5,8 +5,9 @@
 //! releases the SYN-ACK, resets, or becomes an ICMP error. So the guest's `connect` fails as and
 //! when the real one does.
 //!
-//! Bytes go from the host's socket straight into smoltcp's ring, and from there straight to the
-//! host's socket. Neither side is read when the other has no room, so a stalled receiver is felt by
+//! Bytes for the guest stay with the host's socket until it has acknowledged them ([`super::kept`]), or
+//! go from there into smoltcp's ring if they cannot; those from the guest go from its other ring straight
+//! to the host's socket. Neither side is read when the other has no room, so a stalled receiver is felt by
 //! the sender, whichever it is. Each half closes by itself; a reset on one side is one on the other.
 //!
 //! # Memory
@@ -15,7 +16,7 @@
 //! ring's pages are touched as bytes move through it, and it starts again at its front whenever it
 //! runs empty. So a flow may put [`BUFFER_SMALL`] bytes into a ring before that runs empty; more only as
 //! one of [`BULK_MAX`] flows, which it stays until it ends. Others wait for the guest's acknowledgement
-//! (to the guest), or lose a segment that the guest sends again (to the host, which then stands still,
+//! (to the guest; a socket that keeps its bytes needs no ring), or lose a segment that the guest sends again (to the host, which then stands still,
 //! or the ring were empty). Buffers of their own for all, as large as the small part, were the other
 //! choice: one flow then reaches 13 Gbit/s where it reaches 20 so.
 //!
@@ -34,6 +35,7 @@ use std::time::{Duration, Instant};
 use smoltcp::iface::{Context, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 
+use super::kept::{Kept, Payload};
 use super::{
     Bench, Claim, Event, Flow, Host, Kind, Locals, Opened, Port, Route, Stack, Turn, Unreachable,
     Wire, after, smoltcp_time, unreachable,
@@ -66,12 +68,16 @@ pub const UNANSWERED: Duration = Duration::from_secs(15 * 60);
 /// super-segment may be all that the guest's window allows.
 pub const ACK_DELAY: Duration = Duration::from_micros(500);
 
-/// Rounds of receive, segment, send in one turn. Few, so that the guest has something to do while the
-/// next are made.
-const ROUNDS_MAX: usize = 2;
-/// Bytes taken from the host's socket in a round: as many as go out in a turn, so that they are still
-/// in the processor's cache then.
+/// Segments sent in one turn while other flows wait for theirs: few, so that they wait not long.
+const SEGMENTS_SHARED: usize = 4;
+/// Segments sent in one turn of a flow that is alone: what wakes the guest, and what the guest wakes with
+/// its acknowledgements, costs more than a segment does.
+const SEGMENTS_ALONE: usize = 16;
+/// Bytes received from the host's socket in a turn: few, so that they are still in the processor's cache
+/// when they go out.
 const RECEIVE_MAX: usize = 128 << 10;
+/// Bytes that smoltcp is told of in a turn, where they stay with the socket.
+const LEND_MAX: usize = SEGMENTS_ALONE << 16;
 /// Bytes of a SYN that are kept to be quoted in an ICMP error.
 const QUOTE: usize = 128;
 
@@ -106,6 +112,8 @@ pub(super) struct TcpFlow {
     is_readable: bool,
     is_writable: bool,
     has_hung_up: bool,
+    /// What the host's socket keeps for the guest.
+    kept: Kept,
     /// Bytes put into the ring to the guest since it was empty.
     filled_to_guest: usize,
     /// Bytes put into the ring to the host since it was empty.
@@ -146,6 +154,7 @@ impl TcpFlow {
             is_readable: false,
             is_writable: false,
             has_hung_up: false,
+            kept: Kept::default(),
             filled_to_guest: 0,
             filled_to_host: 0,
             is_bulk: false,
@@ -204,8 +213,14 @@ impl TcpFlow {
     /// Whether something was sent.
     fn egress<W: Wire, H: Host>(&mut self, bench: &mut Bench<'_, W, H>) -> bool {
         let time = bench.time();
+        let mut payload = Payload {
+            flow: bench.id,
+            kept: &mut self.kept,
+            host: bench.host,
+        };
         let mut port = Port {
             ingress: None,
+            source: Some(&mut payload),
             wire: bench.wire,
             scratch: bench.scratch,
             ends: bench.ends,
@@ -255,14 +270,22 @@ impl TcpFlow {
                 }
             }
         }
-        for _ in 0..ROUNDS_MAX {
-            let has_moved = match self.peer {
-                Peer::Host => self.pump(bench.id, bench.host, bench.bulk),
+        let mut left = segments_max(bench.is_alone);
+        // The second round finds out that there is nothing to do, most often.
+        for _ in 0..2 {
+            let mut has_moved = match self.peer {
+                Peer::Host => self.pump(bench),
                 Peer::Local(_) => self.pump_local(bench.now),
                 Peer::Gone => false,
             };
-            let has_sent = self.egress(bench);
-            if !has_moved && !has_sent {
+            while left > 0 && self.egress(bench) {
+                has_moved = true;
+                left -= 1;
+            }
+            if left == 0 {
+                break;
+            }
+            if !has_moved {
                 return self.rest(bench);
             }
         }
@@ -363,7 +386,74 @@ impl TcpFlow {
     }
 
     /// Moves bytes between the guest and the host's socket. Whether it did, or ended something.
-    fn pump<H: Host>(&mut self, id: usize, host: &mut H, bulk: &mut usize) -> bool {
+    fn pump<W: Wire, H: Host>(&mut self, bench: &mut Bench<'_, W, H>) -> bool {
+        let (id, host) = (bench.id, &mut *bench.host);
+        let to_guest = if self.kept.keeps(bench.accepts.partial, id, host) {
+            self.lend(id, host)
+        } else {
+            self.fill(id, host, bench.bulk)
+        };
+        match to_guest.and_then(|moved| Ok(moved | self.drain(id, host)?)) {
+            Ok(has_moved) => has_moved,
+            Err(_) => {
+                host.close(id, false);
+                self.abort();
+                true
+            }
+        }
+    }
+
+    /// The host's half has ended.
+    fn end_host(&mut self) {
+        self.host_ended = true;
+        self.is_readable = false;
+        self.sockets.get_mut::<Socket<'_>>(self.handle).close();
+    }
+
+    /// Tells smoltcp of bytes that the host's socket keeps, and drops there what the guest has
+    /// acknowledged. Whether there was anything.
+    fn lend<H: Host>(&mut self, id: usize, host: &mut H) -> io::Result<bool> {
+        let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
+        let unanswered = socket.send_queue();
+        if self.kept.should_drop(unanswered) {
+            self.kept.drop_to(unanswered, id, host)?;
+        }
+        if !self.is_readable || self.host_ended || !socket.can_send() {
+            return Ok(false);
+        }
+        let there = self.kept.new_bytes(id, host)?;
+        let mut left = there.min(LEND_MAX);
+        let mut has_moved = false;
+        // The ring's room may be in two pieces.
+        while left > 0
+            && let Ok(told) = socket.send(|ring| (ring.len().min(left), ring.len().min(left)))
+            && told > 0
+        {
+            self.kept.told(told);
+            left -= told;
+            has_moved = true;
+        }
+        // What comes behind what was there is a new edge, but for the end.
+        self.is_readable = there > LEND_MAX || left > 0 || self.has_hung_up;
+        if there > 0 || !self.has_hung_up {
+            return Ok(has_moved);
+        }
+        match self.kept.is_at_end(id, host) {
+            Ok(true) => {
+                self.end_host();
+                Ok(true)
+            }
+            Ok(false) => Ok(false),
+            Err(error) if is_temporary(&error) => {
+                self.is_readable = error.kind() == io::ErrorKind::Interrupted;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Receives from the host's socket into smoltcp's ring. Whether there was anything.
+    fn fill<H: Host>(&mut self, id: usize, host: &mut H, bulk: &mut usize) -> io::Result<bool> {
         let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
         let mut has_moved = false;
         if socket.send_queue() == 0 {
@@ -386,10 +476,8 @@ impl TcpFlow {
             });
             match received {
                 Ok(Ok(0)) => {
-                    self.host_ended = true;
-                    self.is_readable = false;
-                    socket.close();
-                    has_moved = true;
+                    self.end_host();
+                    return Ok(true);
                 }
                 Ok(Ok(n)) => {
                     has_moved = true;
@@ -398,18 +486,20 @@ impl TcpFlow {
                     // A short receive has drained the socket, but for its end.
                     self.is_readable = n == room || self.has_hung_up;
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.is_readable = false;
+                Ok(Err(error)) if is_temporary(&error) => {
+                    self.is_readable = error.kind() == io::ErrorKind::Interrupted;
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(_)) => {
-                    host.close(id, false);
-                    self.abort();
-                    return true;
-                }
+                Ok(Err(error)) => return Err(error),
                 Err(_) => break,
             }
         }
+        Ok(has_moved)
+    }
+
+    /// Sends to the host's socket what came from the guest. Whether there was anything.
+    fn drain<H: Host>(&mut self, id: usize, host: &mut H) -> io::Result<bool> {
+        let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
+        let mut has_moved = false;
         while self.is_writable && socket.can_recv() {
             let mut had = 0;
             let sent = socket.recv(|buffer| {
@@ -422,15 +512,10 @@ impl TcpFlow {
                     has_moved |= n > 0;
                     self.is_writable = n == had;
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.is_writable = false;
+                Ok(Err(error)) if is_temporary(&error) => {
+                    self.is_writable = error.kind() == io::ErrorKind::Interrupted;
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(_)) => {
-                    host.close(id, false);
-                    self.abort();
-                    return true;
-                }
+                Ok(Err(error)) => return Err(error),
                 Err(_) => break,
             }
         }
@@ -439,7 +524,7 @@ impl TcpFlow {
             host.finish(id);
             has_moved = true;
         }
-        has_moved
+        Ok(has_moved)
     }
 
     /// The same for a service of the card's.
@@ -496,6 +581,19 @@ fn grows(is_bulk: &mut bool, bulk: &mut usize) -> bool {
     *is_bulk
 }
 
+fn segments_max(is_alone: bool) -> usize {
+    if is_alone {
+        SEGMENTS_ALONE
+    } else {
+        SEGMENTS_SHARED
+    }
+}
+
+fn is_temporary(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted)
+}
+
 /// Whether the guest has ended its half and all of it was taken.
 fn has_ended(socket: &Socket<'_>) -> bool {
     let state = socket.state();
@@ -545,6 +643,7 @@ impl Stack {
         flow.acknowledge(is_short && flags & (SYN | FIN) == 0);
         let mut port = Port {
             ingress: Some(bytes),
+            source: None,
             wire,
             scratch: &mut self.scratch,
             ends: super::ends(&self.spec),

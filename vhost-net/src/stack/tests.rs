@@ -12,6 +12,7 @@ use crate::frame::ETHERNET_LEN;
 use crate::frame::header::{GSO_TCPV4, NEEDS_CSUM};
 use crate::testing::Nic;
 
+mod kept;
 mod offload;
 
 const SERVER: &str = "192.0.2.7:80";
@@ -43,6 +44,8 @@ struct FakeSocket {
     datagrams: VecDeque<Vec<u8>>,
     outbox: Vec<u8>,
     has_ended: bool,
+    /// What it receives stays there until it is dropped.
+    is_keeping: bool,
     fails: Option<i32>,
     /// Room for what is sent.
     room: usize,
@@ -59,6 +62,8 @@ struct FakeSocket {
 struct FakeHost {
     sockets: HashMap<usize, FakeSocket>,
     refuses: Option<i32>,
+    /// Its sockets can keep what they receive.
+    keeps: bool,
     mtu: Option<u32>,
 }
 
@@ -95,6 +100,7 @@ impl Host for FakeHost {
     }
     fn recv(&mut self, flow: usize, buffer: &mut [u8]) -> io::Result<usize> {
         let socket = self.get(flow);
+        assert!(!socket.is_keeping);
         if let Some(errno) = socket.fails.take() {
             return Err(os(errno));
         }
@@ -114,6 +120,38 @@ impl Host for FakeHost {
             *place = byte;
         }
         Ok(len)
+    }
+    fn keep(&mut self, flow: usize) -> bool {
+        let keeps = self.keeps;
+        self.get(flow).is_keeping = keeps;
+        keeps
+    }
+    fn pending(&mut self, flow: usize) -> io::Result<usize> {
+        Ok(self.get(flow).inbox.len())
+    }
+    fn peek(&mut self, flow: usize, at: usize, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        let socket = self.get(flow);
+        assert!(socket.is_keeping);
+        if let Some(errno) = socket.fails.take() {
+            return Err(os(errno));
+        }
+        let kept = &socket.inbox.make_contiguous()[at..];
+        if kept.is_empty() {
+            return match socket.has_ended {
+                true => Ok(0),
+                false => Err(io::ErrorKind::WouldBlock.into()),
+            };
+        }
+        let mut read = 0;
+        for part in into {
+            let len = part.len().min(kept.len() - read);
+            part.copy_from(&kept[read..read + len]);
+            read += len;
+        }
+        Ok(read)
+    }
+    fn discard(&mut self, flow: usize, count: usize) -> io::Result<usize> {
+        Ok(self.get(flow).inbox.drain(..count).count())
     }
     fn send(&mut self, flow: usize, bytes: &[u8]) -> io::Result<usize> {
         let socket = self.get(flow);
@@ -170,6 +208,9 @@ struct World {
     /// Frames to the guest that were not TCP.
     others: Vec<Vec<u8>>,
     largest: usize,
+    /// Frames to the guest get lost.
+    is_losing: bool,
+    lost: usize,
 }
 
 impl World {
@@ -207,6 +248,8 @@ impl World {
             now,
             others: Vec::new(),
             largest: 0,
+            is_losing: false,
+            lost: 0,
         }
     }
 
@@ -263,6 +306,10 @@ impl World {
             self.stack.run(self.now, &mut self.wire, &mut self.host);
             for (_, frame) in std::mem::take(&mut self.wire.frames) {
                 is_quiet = false;
+                if self.is_losing {
+                    self.lost += 1;
+                    continue;
+                }
                 self.largest = self.largest.max(frame.len());
                 let packet = frame[ETHERNET_LEN..].to_vec();
                 let is_v4 = packet[0] >> 4 == 4;
@@ -295,7 +342,13 @@ impl World {
 
     /// A connection that both sides have.
     fn connected() -> (Self, SocketHandle, usize) {
+        Self::connected_to(false)
+    }
+
+    /// The same to a host whose sockets can keep what they receive, or not.
+    fn connected_to(keeps: bool) -> (Self, SocketHandle, usize) {
         let mut world = Self::usual();
+        world.host.keeps = keeps;
         let handle = world.connect(SERVER, 40000);
         world.settle();
         let flow = world.flow();
@@ -390,57 +443,63 @@ fn a_megabyte_arrives_whole_each_way_and_in_super_segments() {
 
 #[test]
 fn each_half_closes_by_itself() {
-    let (mut world, handle, flow) = World::connected();
-    world.socket(handle).send_slice(b"request").unwrap();
-    world.socket(handle).close();
-    world.settle();
-    assert_eq!(world.host.get(flow).outbox, b"request");
-    assert!(world.host.get(flow).finished);
-    assert_eq!(world.host.get(flow).closed, None);
-    world.host.get(flow).inbox.extend(b"answer");
-    world.host.get(flow).has_ended = true;
-    world.event(flow, true, true, true);
-    let mut answer = [0; 6];
-    assert_eq!(world.socket(handle).recv_slice(&mut answer), Ok(6));
-    assert_eq!(&answer, b"answer");
-    // The guest's last acknowledgement is a delayed one.
-    world.now += Duration::from_millis(20);
-    world.settle();
-    assert_eq!(world.stack.flow_count(), 0);
-    assert_eq!(world.host.get(flow).closed, Some(false));
+    for keeps in [false, true] {
+        let (mut world, handle, flow) = World::connected_to(keeps);
+        world.socket(handle).send_slice(b"request").unwrap();
+        world.socket(handle).close();
+        world.settle();
+        assert_eq!(world.host.get(flow).outbox, b"request");
+        assert!(world.host.get(flow).finished);
+        assert_eq!(world.host.get(flow).closed, None);
+        world.host.get(flow).inbox.extend(b"answer");
+        world.host.get(flow).has_ended = true;
+        world.event(flow, true, true, true);
+        let mut answer = [0; 6];
+        assert_eq!(world.socket(handle).recv_slice(&mut answer), Ok(6));
+        assert_eq!(&answer, b"answer");
+        // The guest's last acknowledgement is a delayed one.
+        world.now += Duration::from_millis(20);
+        world.settle();
+        assert_eq!(world.stack.flow_count(), 0);
+        assert_eq!(world.host.get(flow).closed, Some(false));
+    }
 }
 
 #[test]
 fn the_hosts_end_comes_behind_its_last_byte() {
-    let (mut world, handle, flow) = World::connected();
-    world.host.get(flow).inbox.extend(b"all");
-    world.host.get(flow).has_ended = true;
-    world.event(flow, true, true, true);
-    assert_eq!(world.state(handle), State::CloseWait);
-    let mut all = [0; 9];
-    assert_eq!(world.socket(handle).recv_slice(&mut all), Ok(3));
-    world.socket(handle).send_slice(b"still").unwrap();
-    world.settle();
-    assert_eq!(world.host.get(flow).outbox, b"still");
-    world.socket(handle).close();
-    world.settle();
-    assert_eq!(world.stack.flow_count(), 0);
-    assert_eq!(world.host.get(flow).closed, Some(false));
+    for keeps in [false, true] {
+        let (mut world, handle, flow) = World::connected_to(keeps);
+        world.host.get(flow).inbox.extend(b"all");
+        world.host.get(flow).has_ended = true;
+        world.event(flow, true, true, true);
+        assert_eq!(world.state(handle), State::CloseWait);
+        let mut all = [0; 9];
+        assert_eq!(world.socket(handle).recv_slice(&mut all), Ok(3));
+        world.socket(handle).send_slice(b"still").unwrap();
+        world.settle();
+        assert_eq!(world.host.get(flow).outbox, b"still");
+        world.socket(handle).close();
+        world.settle();
+        assert_eq!(world.stack.flow_count(), 0);
+        assert_eq!(world.host.get(flow).closed, Some(false));
+    }
 }
 
 #[test]
 fn a_reset_on_one_side_is_one_on_the_other() {
-    let (mut world, handle, flow) = World::connected();
-    world.socket(handle).abort();
-    world.settle();
-    assert_eq!(world.host.get(flow).closed, Some(true));
-    assert_eq!(world.stack.flow_count(), 0);
+    for keeps in [false, true] {
+        let (mut world, handle, flow) = World::connected_to(keeps);
+        world.socket(handle).abort();
+        world.settle();
+        assert_eq!(world.host.get(flow).closed, Some(true));
+        assert_eq!(world.stack.flow_count(), 0);
 
-    let (mut world, handle, flow) = World::connected();
-    world.host.get(flow).fails = Some(libc::ECONNRESET);
-    world.event(flow, true, true, true);
-    assert_eq!(world.state(handle), State::Closed);
-    assert_eq!(world.stack.flow_count(), 0);
+        let (mut world, handle, flow) = World::connected_to(keeps);
+        world.host.get(flow).fails = Some(libc::ECONNRESET);
+        world.event(flow, true, true, true);
+        assert_eq!(world.state(handle), State::Closed);
+        assert_eq!(world.stack.flow_count(), 0);
+    }
 }
 
 #[test]
