@@ -10,7 +10,9 @@
 //!    have completed. This is what makes one barrier for a commit enough.
 //! 5. What the log changes goes into the leaves, which are read for that. They stay in memory until
 //!    the next checkpoint: the budget of the process that wrote the log bounded them (see
-//!    [`map`](super::map)).
+//!    [`map`](super::map)). Changes wait until there are many of them, in a quarter of the map's memory
+//!    at most besides it: 1.3 million of them in 64,000 leaves took 1.05 s in groups of 64 Ki, a read
+//!    for each leaf; in one group, in which nearly all leaves have their neighbours, 0.49 s.
 //!
 //! How many blocks and pages name a session stands in the superblock's key table, so nothing has
 //! to be counted.
