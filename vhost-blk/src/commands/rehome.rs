@@ -38,8 +38,8 @@ const LOOK_COST: u64 = 32 << 10;
 const IDLE: Duration = Duration::from_secs(1);
 /// Walks in a row that an idle volume makes at most.
 const PASSES: usize = 4;
-/// Free chunks that an idle volume keeps in the backing besides a sixteenth of what it holds; never
-/// more than it holds.
+/// Free chunks that an idle volume keeps in the backing besides a quarter of what it holds; never more
+/// than it holds.
 const KEEP_CHUNKS: u64 = 8;
 
 /// How far a `compact` is, and what came of it.
@@ -236,7 +236,7 @@ impl<'a> Walker<'a> {
         if (self.may_go_on)() {
             let (_, used) = self.shared.footprint();
             let used = used / CHUNK_LEN;
-            self.give_back((used / 16 + KEEP_CHUNKS).min(used))?;
+            self.give_back((used / 4 + KEEP_CHUNKS).min(used))?;
         }
         Ok(is_whole)
     }
