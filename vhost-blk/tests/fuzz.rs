@@ -30,7 +30,7 @@ use vhost_blk::volume::create::create;
 use vhost_blk::volume::engine::{Failure, Op};
 use vhost_blk::volume::entry::Entry;
 use vhost_blk::volume::geometry::{BLOCK_LEN, Block, Geometry, Slot};
-use vhost_blk::volume::log::{self, Delta, RecordPlace};
+use vhost_blk::volume::log::{self, Delta, Ending, RecordPlace};
 use vhost_blk::volume::page::{Page, PagePlace, TreeKind};
 use vhost_blk::volume::recover::recover;
 use vhost_blk::volume::ring::{self, RingMemory, RingWriter};
@@ -292,11 +292,16 @@ impl<'b> Bent<'b> {
                     chain,
                 };
                 let is_last = (index + 1 == records) != random.one_in(20);
+                let ending = match (is_last, random.one_in(3)) {
+                    (false, _) => Ending::More,
+                    (true, false) => Ending::Last,
+                    (true, true) => Ending::Draft,
+                };
                 let sequence = self.next_sequence();
                 let session = self.base.session(session_id);
                 let id = self.superblock.id;
                 let keys = (session_id, session);
-                let (record, tag) = log::seal(place, is_last, &deltas, &id, keys, sequence);
+                let (record, tag) = log::seal(place, ending, &deltas, &id, keys, sequence);
                 let mut bytes = record.to_vec();
                 chain = tag;
                 if random.one_in(10) {
@@ -744,7 +749,7 @@ fn no_bent_record_or_header_is_taken_for_one_that_was_sealed() {
                 old: Slot(n),
             })
             .collect();
-        let (record, _) = log::seal(place, true, &deltas, &id, (3, &session), 11);
+        let (record, _) = log::seal(place, Ending::Last, &deltas, &id, (3, &session), 11);
         let mut bytes = record.to_vec();
         let is_sealed = random.one_in(2);
         if is_sealed {

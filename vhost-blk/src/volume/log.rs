@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! 0   magic "OLOG"  u32        24  records of the batch so far  u32
-//! 4   blocks        u32        28  flags u32 (1 = last of its batch)
+//! 4   blocks        u32        28  flags u32 (1 last of its batch, 2 draft)
 //! 8   batch         u64        32  sequence u64
 //! 16  deltas        u32        40  reserved, zero
 //! 20  session       u32        48  tag
@@ -18,6 +18,9 @@
 //! before it: a chain. A record of an earlier lap of the ring, of another volume, or behind a
 //! dropped one does not fit the chain, which is how the end of the log is found without any
 //! pointer. A torn record does not authenticate: it was not acknowledged.
+//!
+//! A *draft* is a batch that may not have had a barrier of its own when the next one was written; see
+//! [`Ending::Draft`].
 //!
 //! The old slot is what the delta takes out of use. It lets recovery bring the allocator up to
 //! date without reading the map.
@@ -33,6 +36,7 @@ use super::superblock::VolumeId;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"OLOG");
 const FLAG_LAST: u32 = 1;
+const FLAG_DRAFT: u32 = 2;
 const HEADER_LEN: usize = 64;
 const TAG_AT: usize = 48;
 const DELTA_LEN: usize = 48;
@@ -64,13 +68,35 @@ pub struct RecordPlace {
     pub chain: Tag,
 }
 
+/// What a record is to its batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// More of the batch follows.
+    More,
+    /// The last of its batch.
+    Last,
+    /// All of a batch that was written along with its data, before anybody asked for a commit: the
+    /// barrier that makes it durable may be that of the batch behind it.
+    Draft,
+}
+
+impl Ending {
+    const fn flags(self) -> u32 {
+        match self {
+            Self::More => 0,
+            Self::Last => FLAG_LAST,
+            Self::Draft => FLAG_LAST | FLAG_DRAFT,
+        }
+    }
+}
+
 /// A record that was read and authenticated.
 #[derive(Debug)]
 pub struct Record {
     /// Blocks of the ring that it takes.
     pub blocks: u64,
     /// Whether its batch is complete with it.
-    pub is_last: bool,
+    pub ending: Ending,
     /// What the next record is chained to.
     pub tag: Tag,
     /// What it changes, in order.
@@ -104,7 +130,7 @@ fn associated(header: &[u8], id: &VolumeId, chain: &Tag) -> [u8; TAG_AT + 16 + T
 /// Seals up to [`RECORD_DELTAS_MAX`] deltas. Returns the blocks to write and the record's tag.
 pub fn seal(
     place: RecordPlace,
-    is_last: bool,
+    ending: Ending,
     deltas: &[Delta],
     id: &VolumeId,
     (session_id, session): (u16, &Session),
@@ -119,7 +145,7 @@ pub fn seal(
     record[16..20].copy_from_slice(&(deltas.len() as u32).to_le_bytes());
     record[20..24].copy_from_slice(&u32::from(session_id).to_le_bytes());
     record[24..28].copy_from_slice(&place.index.to_le_bytes());
-    record[28..32].copy_from_slice(&(if is_last { FLAG_LAST } else { 0 }).to_le_bytes());
+    record[28..32].copy_from_slice(&ending.flags().to_le_bytes());
     record[32..40].copy_from_slice(&sequence.to_le_bytes());
     for (delta, out) in deltas
         .iter()
@@ -197,9 +223,16 @@ pub fn open(
             entry: Entry::from_bytes(bytes[16..48].first_chunk().expect("48 - 16 bytes")),
         })
         .collect();
+    let flags = word(28);
     Ok(Record {
         blocks,
-        is_last: word(28) & FLAG_LAST != 0,
+        ending: if flags & FLAG_LAST == 0 {
+            Ending::More
+        } else if flags & FLAG_DRAFT == 0 {
+            Ending::Last
+        } else {
+            Ending::Draft
+        },
         tag,
         deltas,
     })

@@ -12,6 +12,16 @@ pub enum Mutant {
     EarlyFree,
     /// The last commit's data are not authenticated at recovery.
     SkipVerify,
+    /// The data of a draft before a commit that is dropped are not authenticated at recovery.
+    SkipDraft,
+    /// A draft whose data did not land stays in the log.
+    KeepFailedDraft,
+    /// A commit takes a draft for all that it has to write.
+    DraftForAll,
+    /// A commit does not wait for the data of the draft before it.
+    HastyDraft,
+    /// The slot of a drafted write that was superseded is used again at once.
+    DraftSlotFree,
     /// A write is acknowledged before it has landed.
     EarlyAck,
     /// The delta ring is not read at recovery.

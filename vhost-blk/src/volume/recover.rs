@@ -7,7 +7,9 @@
 //!    dropped.
 //! 4. The data of the last batch: if one slot does not authenticate, the whole batch is dropped.
 //!    It was then never acknowledged: its one barrier, which covers log and data alike, cannot
-//!    have completed. This is what makes one barrier for a commit enough.
+//!    have completed. This is what makes one barrier for a commit enough. If the batch before it is
+//!    a [draft](log::Ending::Draft), that was its barrier too, and the draft is the last batch now.
+//!    (A batch behind a draft that had no barrier has all of the draft's blocks again.)
 //! 5. What the log changes goes into the leaves, which are read for that. They stay in memory until
 //!    the next checkpoint: the budget of the process that wrote the log bounded them (see
 //!    [`map`](super::map)). Changes wait until there are many of them, in a quarter of the map's memory
@@ -27,7 +29,7 @@
 //! What is read may still be in a volatile cache. Nothing is acted on before the activation's first
 //! barrier, which covers everything that was read.
 //!
-//! Batches before the last one are not verified: the next commit only began after their barrier.
+//! Batches before these are not verified: the next commit only began after their barrier.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -39,6 +41,7 @@ use crypto::keys::{Dek, Secret32};
 use crypto::session::Session;
 use crypto::slot::{SLOT_LEN, SlotError};
 use crypto::source::KeyMaterial;
+use smallvec::SmallVec;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -46,7 +49,7 @@ use super::backing::Backing;
 use super::buffer::Buffer;
 use super::entry::Entry;
 use super::geometry::{BLOCK_LEN, CHUNK_SLOTS, FANOUT, Geometry, Slot};
-use super::log::{self, Delta, RECORD_BLOCKS_MAX, RecordPlace};
+use super::log::{self, Delta, Ending, RECORD_BLOCKS_MAX, RecordPlace};
 use super::map::{
     LostLeaf, MapTree, Visit, default_budget, each_leaf, load_leaves, open_upper, smallest_budget,
 };
@@ -414,13 +417,20 @@ fn open(
     Ok(recovered)
 }
 
+/// A complete batch of the log.
+struct Batch {
+    deltas: Vec<Delta>,
+    /// The log before it, and blocks in use there.
+    before: (LogPoint, u64),
+    end: LogPoint,
+    used: u64,
+    is_draft: bool,
+}
+
 impl Recovered {
     /// Reads the records of the batch that would follow `self.end`. `None`: there is no complete
     /// one.
-    fn next_batch(
-        &self,
-        reader: &mut SlotReader<'_>,
-    ) -> io::Result<Option<(Vec<Delta>, LogPoint, u64)>> {
+    fn next_batch(&self, reader: &mut SlotReader<'_>) -> io::Result<Option<Batch>> {
         let geometry = &self.superblock.geometry;
         let session_id = self.superblock.session;
         let Some(session) = self.keyring.get(session_id) else {
@@ -456,9 +466,15 @@ impl Recovered {
             at.position = (at.position + record.blocks) % geometry.log_blocks();
             at.chain = record.tag;
             deltas.extend(record.deltas);
-            if record.is_last {
+            if record.ending != Ending::More {
                 at.batch = place.batch;
-                return Ok(Some((deltas, at, used)));
+                return Ok(Some(Batch {
+                    deltas,
+                    before: (self.end, self.log_used),
+                    end: at,
+                    used,
+                    is_draft: record.ending == Ending::Draft,
+                }));
             }
         }
         Ok(None)
@@ -468,26 +484,47 @@ impl Recovered {
     fn replay(&mut self, backing: &dyn Backing, group: usize) -> io::Result<()> {
         let mut reader = SlotReader::new(backing);
         let mut good = Vec::new();
-        let mut next = self.next_batch(&mut reader)?;
-        while let Some((deltas, point, used)) = next {
-            let before = (self.end, self.log_used);
-            self.end = point;
-            self.log_used += used;
-            next = self.next_batch(&mut reader)?;
-            let is_last = next.is_none();
-            if is_last && !mutant::is(Mutant::SkipVerify) && !self.verify(backing, &deltas)? {
-                (self.end, self.log_used) = before;
-                self.dropped = true;
-                break;
+        // The newest batch, and before it a draft whose barrier may be the same.
+        let mut tail: SmallVec<[Batch; 2]> = SmallVec::new();
+        while let Some(batch) = self.next_batch(&mut reader)? {
+            self.end = batch.end;
+            self.log_used += batch.used;
+            let is_open = tail.last().is_some_and(|newest| newest.is_draft);
+            let durable = tail.len() - usize::from(is_open);
+            for batch in tail.drain(..durable) {
+                good.extend(batch.deltas);
+                self.replayed += 1;
             }
-            good.extend(deltas);
-            self.replayed += 1;
             if good.len() >= group {
                 self.apply(backing, &mut good);
             }
+            tail.push(batch);
+        }
+        let sound = self.sound(backing, &tail)?;
+        if let Some(dropped) = tail.get(sound) {
+            (self.end, self.log_used) = dropped.before;
+            self.dropped = true;
+        }
+        for batch in tail.drain(..sound) {
+            good.extend(batch.deltas);
+            self.replayed += 1;
         }
         self.apply(backing, &mut good);
         Ok(())
+    }
+
+    /// How many of the last batches have their data: the newest, or if that has not, a draft before it.
+    fn sound(&self, backing: &dyn Backing, tail: &[Batch]) -> io::Result<usize> {
+        let Some((newest, before)) = tail.split_last() else {
+            return Ok(0);
+        };
+        if mutant::is(Mutant::SkipVerify) || self.verify(backing, &newest.deltas)? {
+            Ok(tail.len())
+        } else if mutant::is(Mutant::SkipDraft) {
+            Ok(before.len())
+        } else {
+            self.sound(backing, before)
+        }
     }
 
     /// Whether the data of every delta authenticate.

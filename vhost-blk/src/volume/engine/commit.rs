@@ -2,7 +2,7 @@
 //!
 //! 1. Take the open deltas as a batch; new ones gather for the next.
 //! 2. Write their log records. Data writes are not waited for: a delta exists only once its data
-//!    have landed.
+//!    have landed. (A [draft](super::draft) has been written with its data.)
 //! 3. **Wait until every record has completed**: a barrier is not ordered after writes that are
 //!    still under way.
 //! 4. One barrier, for data and log alike.
@@ -11,12 +11,15 @@
 //!
 //! Flushes that arrive meanwhile share the next commit.
 
+use smallvec::SmallVec;
+
 use super::core::{Core, Deltas, Event};
+use super::draft::Draft;
 use super::{Failure, JobWrite};
 use crate::volume::buffer::Buffer;
 use crate::volume::entry::Entry;
 use crate::volume::geometry::{BLOCK_LEN, Block, FANOUT, Slot};
-use crate::volume::log::{self, Delta, RECORD_DELTAS_MAX, RecordPlace};
+use crate::volume::log::{self, Delta, Ending, RECORD_DELTAS_MAX, RecordPlace};
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::ranges::Ticket;
 use crate::volume::recover::LogPoint;
@@ -41,41 +44,97 @@ impl Core {
         &mut self,
         sequence: &mut dyn FnMut() -> u64,
     ) -> Option<Vec<JobWrite>> {
-        let (session_id, session) = self.session.clone()?;
+        self.session.as_ref()?;
         debug_assert!(self.commit.is_none() && self.sealed.is_empty());
         let records = self.open.len().div_ceil(RECORD_DELTAS_MAX);
         let rest = self.open.len() - (records - 1) * RECORD_DELTAS_MAX;
         let blocks =
             (records as u64 - 1) * log::record_blocks(RECORD_DELTAS_MAX) + log::record_blocks(rest);
-        if self.log_used + blocks > self.geometry.log_blocks() {
+        let drafted = u64::from(self.draft.is_some());
+        if self.log_used + drafted + blocks > self.geometry.log_blocks() {
             self.wants_checkpoint = true;
             return None;
         }
+        self.note_commit(!self.flush_waiters.is_empty());
+        let mut writes = SmallVec::new();
+        let (deltas, end, blocks) = match self.take_draft() {
+            Some(Ok((deltas, end))) => (deltas, end, drafted),
+            draft => {
+                let draft = draft.and_then(Result::err);
+                let (void, draft): (Option<Draft>, Option<Draft>) = match draft {
+                    Some(draft) if draft.is_void() => (Some(draft), None),
+                    other => (None, other),
+                };
+                let deltas = self.open_deltas(draft.as_ref());
+                let mut from = draft.map_or(self.applied, |draft| draft.end);
+                if let Some(Draft { batch, .. }) = void {
+                    from =
+                        self.seal_records(batch, from, &[], Ending::Last, sequence, &mut writes)?;
+                }
+                let batch = self.next_batch;
+                self.next_batch += 1;
+                let end =
+                    self.seal_records(batch, from, &deltas, Ending::Last, sequence, &mut writes)?;
+                (deltas, end, drafted + blocks)
+            }
+        };
         self.sealed = std::mem::take(&mut self.open);
         self.ring_pressure = false;
+        if mutant::is(Mutant::EarlyRingRelease)
+            && let Some(ring) = &mut self.ring
+        {
+            ring.release(ring.mark());
+        }
+        self.commit = Some(Commit {
+            waiters: std::mem::take(&mut self.flush_waiters),
+            deltas,
+            end,
+            blocks,
+            ring: self.ring.as_ref().map(|ring| ring.mark()),
+            ring_only: std::mem::take(&mut self.ring_only),
+        });
+        Some(writes.into_vec())
+    }
+
+    /// What is open, as a commit behind `draft` writes it.
+    fn open_deltas(&self, draft: Option<&Draft>) -> Vec<Delta> {
+        let old = |block: u64| {
+            let drafted = draft.and_then(|draft| draft.slot_of(block));
+            drafted.unwrap_or_else(|| {
+                // Known: it was touched when the change was admitted.
+                let leaf = self.map.leaf(block / FANOUT);
+                leaf.map_or(Entry::HOLE, |leaf| leaf.entry(block)).slot()
+            })
+        };
         let mut deltas: Vec<Delta> = self
-            .sealed
+            .open
             .iter()
             .map(|(block, entry)| Delta {
                 block: Block(*block),
                 entry: *entry,
-                // Known: it was touched when the change was admitted.
-                old: self
-                    .map
-                    .leaf(block / FANOUT)
-                    .map_or(Entry::HOLE, |leaf| leaf.entry(*block))
-                    .slot(),
+                old: old(*block),
             })
             .collect();
         deltas.sort_unstable_by_key(|delta| delta.block);
-        let batch = self.next_batch;
-        self.next_batch += 1;
-        let mut end = LogPoint {
-            batch,
-            ..self.applied
-        };
-        let mut writes = Vec::new();
-        for (index, part) in deltas.chunks(RECORD_DELTAS_MAX).enumerate() {
+        deltas
+    }
+
+    /// The records of a batch behind `from`; where the log then ends.
+    pub(super) fn seal_records(
+        &self,
+        batch: u64,
+        from: LogPoint,
+        deltas: &[Delta],
+        ending: Ending,
+        sequence: &mut dyn FnMut() -> u64,
+        writes: &mut SmallVec<[JobWrite; 2]>,
+    ) -> Option<LogPoint> {
+        let (session_id, session) = self.session.as_ref()?;
+        let mut end = LogPoint { batch, ..from };
+        let records = deltas.len().div_ceil(RECORD_DELTAS_MAX).max(1);
+        for index in 0..records {
+            let first = index * RECORD_DELTAS_MAX;
+            let part = &deltas[first..deltas.len().min(first + RECORD_DELTAS_MAX)];
             let place = RecordPlace {
                 batch,
                 index: index as u32,
@@ -84,10 +143,10 @@ impl Core {
             let is_last = index + 1 == records;
             let (record, tag) = log::seal(
                 place,
-                is_last,
+                if is_last { ending } else { Ending::More },
                 part,
                 &self.superblock.id,
-                (session_id, &session),
+                (*session_id, session),
                 sequence(),
             );
             let wrap = (self.geometry.log_blocks() - end.position) as usize;
@@ -108,20 +167,7 @@ impl Core {
             end.position = (end.position + record.blocks() as u64) % self.geometry.log_blocks();
             end.chain = tag;
         }
-        if mutant::is(Mutant::EarlyRingRelease)
-            && let Some(ring) = &mut self.ring
-        {
-            ring.release(ring.mark());
-        }
-        self.commit = Some(Commit {
-            waiters: std::mem::take(&mut self.flush_waiters),
-            deltas,
-            end,
-            blocks,
-            ring: self.ring.as_ref().map(|ring| ring.mark()),
-            ring_only: std::mem::take(&mut self.ring_only),
-        });
-        Some(writes)
+        Some(end)
     }
 
     /// The barrier of the commit has completed.

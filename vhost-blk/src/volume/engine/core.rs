@@ -20,6 +20,7 @@ use crypto::session::Session;
 
 use super::checkpoint::Checkpoint;
 use super::commit::Commit;
+use super::draft::{Draft, Habit};
 use super::pages::Load;
 use super::rehome::Scattered;
 use super::{Failure, WakeLane};
@@ -94,6 +95,9 @@ pub struct Core {
     pub(super) applied: LogPoint,
     pub(super) log_used: u64,
     pub(super) commit: Option<Commit>,
+    /// Log behind `applied` that is written already.
+    pub(super) draft: Option<Draft>,
+    pub(super) habit: Habit,
     /// Tasks that wait for the next commit.
     pub(super) flush_waiters: Vec<Ticket>,
     pub(super) checkpoint: Option<Checkpoint>,
@@ -195,6 +199,8 @@ impl Core {
             applied: end,
             log_used,
             commit: None,
+            draft: None,
+            habit: Habit::default(),
             flush_waiters: Vec::new(),
             checkpoint: None,
             wants_checkpoint: false,
@@ -265,7 +271,7 @@ impl Core {
             && current.sequence() > entry.sequence()
         {
             // The ring may hold this one and not the later one.
-            if is_in_ring && self.open.contains_key(&block.0) {
+            if self.is_drafted(block, &entry) || is_in_ring && self.open.contains_key(&block.0) {
                 self.ring_only.push(entry.slot());
             } else if is_in_ring
                 && self.sealed.contains_key(&block.0)
@@ -280,7 +286,8 @@ impl Core {
         if let Some(never_committed) = self.open.insert(block.0, entry)
             && !never_committed.is_hole()
         {
-            if is_in_ring || self.ring.is_none() {
+            let is_drafted = self.is_drafted(block, &never_committed);
+            if !is_drafted && (is_in_ring || self.ring.is_none()) {
                 self.space.retire(vec![never_committed.slot()], false);
             } else {
                 self.ring_only.push(never_committed.slot());
@@ -306,7 +313,8 @@ impl Core {
 
     /// Deltas that may gather for a commit: never more than an empty log can take.
     fn open_max(&self) -> usize {
-        let records = self.geometry.log_blocks() / RECORD_BLOCKS_MAX;
+        // A draft may be before them.
+        let records = (self.geometry.log_blocks() - 1) / RECORD_BLOCKS_MAX;
         OPEN_MAX.min(records as usize * RECORD_DELTAS_MAX)
     }
 
@@ -388,6 +396,7 @@ impl Core {
     /// Whether a commit should start.
     pub(super) fn wants_commit(&self) -> bool {
         self.commit.is_none()
+            && self.draft.as_ref().is_none_or(Draft::is_settled)
             && !self.is_poisoned
             && self.phase == Phase::Serving
             && !self.open.is_empty()
@@ -455,6 +464,7 @@ impl Core {
         self.is_poisoned = true;
         // Its superblock must not be written any more: whether its pages are durable is not known.
         self.checkpoint = None;
+        self.draft = None;
         let commit = self
             .commit
             .take()

@@ -15,6 +15,7 @@ mod activate;
 mod checkpoint;
 mod commit;
 mod core;
+mod draft;
 mod grow;
 mod lane;
 mod pages;

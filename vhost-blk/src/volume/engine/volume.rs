@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use super::activate::AttachError;
 use super::core::{Core, Event, Inbox, Phase};
+use super::draft::Draft;
 use super::lane::Lane;
 use super::request::{IoKind, Op, Payload, PayloadFault};
 use super::{Failure, Reporter, Stats, WakeLane};
@@ -422,6 +423,7 @@ impl Core {
     fn is_quiet(&self) -> bool {
         self.is_poisoned
             || (self.commit.is_none()
+                && self.draft.as_ref().is_none_or(Draft::is_settled)
                 && self.open.is_empty()
                 && self.checkpoint.is_none()
                 && !self.is_mirroring

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::buffer::Buffer;
 use super::entry::Entry;
 use super::geometry::{BLOCK_LEN, Block, Geometry, Slot};
-use super::log::{self, Delta, RECORD_DELTAS_MAX, RecordPlace};
+use super::log::{self, Delta, Ending, RECORD_DELTAS_MAX, RecordPlace};
 use super::page::{Page, PagePlace, TreeKind};
 use super::ring::{self, RingMemory, RingWriter};
 use super::superblock::{KEY_SLOTS, KeyEntry, Superblock};
@@ -87,7 +87,7 @@ const PAGE_PLACE: PagePlace = PagePlace {
 };
 
 fn record() -> Vec<u8> {
-    log::seal(PLACE, true, &deltas(40), &ID, (3, &session()), 501)
+    log::seal(PLACE, Ending::Last, &deltas(40), &ID, (3, &session()), 501)
         .0
         .to_vec()
 }
@@ -136,8 +136,8 @@ fn golden_bytes_mean_what_they_meant() {
     assert_eq!(Superblock::open(SUPERBLOCK, &dek()), Ok(superblock()));
     let record = log::open(RECORD, PLACE, &ID, (3, &session())).expect("opens");
     assert_eq!(
-        (record.deltas, record.is_last, record.blocks),
-        (deltas(40), true, 1)
+        (record.deltas, record.ending, record.blocks),
+        (deltas(40), Ending::Last, 1)
     );
     let (_, entry, page) = page();
     assert!(
@@ -263,11 +263,11 @@ proptest! {
     }
 
     #[test]
-    fn records_come_back_as_they_were(count in 1usize..RECORD_DELTAS_MAX, is_last in any::<bool>()) {
-        let (stored, tag) = log::seal(PLACE, is_last, &deltas(count), &ID, (3, &session()), 9);
+    fn records_come_back_as_they_were(count in 1usize..RECORD_DELTAS_MAX, ending in prop::sample::select(&[Ending::More, Ending::Last, Ending::Draft][..])) {
+        let (stored, tag) = log::seal(PLACE, ending, &deltas(count), &ID, (3, &session()), 9);
         let record = log::open(&stored, PLACE, &ID, (3, &session())).expect("opens");
         prop_assert_eq!(record.deltas, deltas(count));
-        prop_assert_eq!((record.is_last, record.tag), (is_last, tag));
+        prop_assert_eq!((record.ending, record.tag), (ending, tag));
         prop_assert_eq!(record.blocks, log::record_blocks(count));
     }
 

@@ -71,6 +71,9 @@ caught! { World::few;
     a_missing_barrier_is_noticed: NoBarrier,
     freeing_slots_before_the_commit_is_noticed: EarlyFree,
     not_verifying_the_last_commit_is_noticed: SkipVerify,
+    taking_a_draft_for_more_than_it_holds_is_noticed: DraftForAll,
+    a_commit_before_the_data_of_its_draft_have_landed_is_noticed: HastyDraft,
+    using_a_drafted_slot_again_is_noticed: DraftSlotFree,
     acknowledging_before_the_data_landed_is_noticed: EarlyAck,
     ignoring_the_delta_ring_is_noticed: IgnoreRing,
     a_superblock_without_a_barrier_for_its_pages_is_noticed: NoPageBarrier,
@@ -83,6 +86,10 @@ caught! { World::few;
     a_header_that_is_longer_than_its_backing_is_noticed: GrowBeforeBacking,
     releasing_the_delta_ring_before_the_commit_is_durable_is_noticed: EarlyRingRelease,
     using_a_slot_again_under_a_read_is_noticed: SlotUnderRead,
+}
+
+caught! { World::faulty;
+    leaving_a_draft_without_data_in_the_log_is_noticed: KeepFailedDraft,
 }
 
 caught! { World::new;

@@ -16,6 +16,7 @@ mod world;
 mod abandoned_tests;
 mod attack_tests;
 mod crash_tests;
+mod draft_tests;
 mod fault_tests;
 mod order_tests;
 mod space_tests;

@@ -261,6 +261,9 @@ impl World {
             return died(self, error.to_string());
         }
         self.disk.set_fuse(None);
+        if self.dice.chance(70) {
+            volume.shared().draft_always();
+        }
         self.has_lost_barrier = false;
         self.is_growing = false;
         let len = volume.shared().volume_len();

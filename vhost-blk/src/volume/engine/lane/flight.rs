@@ -40,6 +40,12 @@ pub(super) struct Member {
     entry: Entry,
 }
 
+impl Member {
+    pub(super) fn delta(&self) -> (Block, Entry) {
+        (self.block, self.entry)
+    }
+}
+
 /// Sealed blocks that will leave as one write.
 pub(super) struct Staging {
     start: u64,
@@ -298,6 +304,7 @@ impl<P: Payload> Lane<P> {
             });
             self.wants_lock = true;
         }
+        self.draft(&members);
         let buffer = self.fitted(buffer);
         let offset = Slot(start).offset();
         self.writes_under_way += 1;
@@ -483,8 +490,10 @@ impl<P: Payload> Lane<P> {
         for Landed { members, result } in std::mem::take(&mut self.landed) {
             has_failed |= result.is_err();
             let is_in_ring = result.is_ok() && self.append_to_ring(core, &members);
+            core.habit.note_write();
             for member in members {
                 let is_placeholder = member.entry.is_hole();
+                core.draft_landed(member.block, &member.entry, result.is_ok());
                 match result {
                     Ok(()) if !is_placeholder => {
                         core.publish(member.block, member.entry, is_in_ring);
@@ -511,19 +520,20 @@ impl<P: Payload> Lane<P> {
 
     /// Whether the delta ring holds them now.
     fn append_to_ring(&mut self, core: &mut Core, members: &[Member]) -> bool {
-        let batch = core.next_batch;
         let Some((_, session)) = core.session.clone() else {
-            return false;
-        };
-        let Some(ring) = &mut core.ring else {
             return false;
         };
         let real = members.iter().filter(|member| !member.entry.is_hole());
         let deltas: smallvec::SmallVec<[(Block, Entry); 64]> =
             real.map(|member| (member.block, member.entry)).collect();
-        if deltas.is_empty() {
+        let Some((block, entry)) = deltas.first() else {
             return false;
-        }
+        };
+        // A write is drafted whole or not at all.
+        let batch = core.batch_of(*block, entry);
+        let Some(ring) = &mut core.ring else {
+            return false;
+        };
         let sequence = self.shared.take_sequences(1);
         if ring.append(batch, &mut deltas.iter().copied(), &session, sequence) {
             return true;

@@ -1,10 +1,13 @@
 //! Commits and checkpoints, run by whichever lane finds that one is due. Their order of steps is
 //! told in [`commit`](super::super::commit) and [`checkpoint`](super::super::checkpoint).
 
+use std::sync::Arc;
+
 use super::Lane;
-use super::flight::FlightKind;
+use super::flight::{FlightKind, Member};
 use crate::volume::backing::Barrier;
 use crate::volume::engine::core::Core;
+use crate::volume::engine::draft::DRAFT_BLOCKS;
 use crate::volume::engine::request::{IoKind, Payload};
 use crate::volume::engine::{JobWrite, Stats};
 use crate::volume::geometry::{BLOCK_LEN, Slot};
@@ -14,6 +17,8 @@ use crate::volume::space::Run;
 /// What a lane can be at besides requests; at most one of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum JobKind {
+    /// The record of a write that is under way.
+    Draft,
     Commit,
     Checkpoint,
 }
@@ -49,14 +54,14 @@ impl Job {
 impl JobKind {
     pub(super) const fn barrier(self) -> Barrier {
         match self {
-            Self::Commit => Barrier::Commit,
+            Self::Draft | Self::Commit => Barrier::Commit,
             Self::Checkpoint => Barrier::Checkpoint,
         }
     }
 
     pub(super) const fn name(self) -> &'static str {
         match self {
-            Self::Commit => "committing",
+            Self::Draft | Self::Commit => "committing",
             Self::Checkpoint => "writing a checkpoint",
         }
     }
@@ -89,6 +94,21 @@ impl<P: Payload> Lane<P> {
                     core.feed_starved();
                 }
             }
+        }
+    }
+
+    /// Writes the record of what is about to leave along with it, if a flush is expected right after.
+    pub(super) fn draft(&mut self, members: &[Member]) {
+        if !self.may_draft || members.len() > DRAFT_BLOCKS {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let mut members = members.iter().map(Member::delta);
+        let record = shared
+            .lock()
+            .begin_draft(&mut members, &mut || shared.take_sequences(1));
+        if let Some(record) = record {
+            self.begin(JobKind::Draft, vec![record]);
         }
     }
 
@@ -159,6 +179,10 @@ impl<P: Payload> Lane<P> {
         let step = self.jobs[index].step;
         self.jobs[index].left = 1;
         match (kind, step) {
+            (JobKind::Draft, _) => {
+                self.jobs.remove(index);
+                self.shared.lock().draft_written();
+            }
             (JobKind::Commit, Step::Write) => {
                 if mutant::is(Mutant::SyncBeforeLog) || mutant::is(Mutant::NoBarrier) {
                     return self.end_commit(index);

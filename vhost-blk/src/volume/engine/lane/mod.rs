@@ -166,6 +166,8 @@ pub struct Lane<P> {
     out: VecDeque<Io>,
     done: VecDeque<Done<P>>,
     wants_lock: bool,
+    /// A lone small write is probably followed by a flush.
+    may_draft: bool,
 }
 
 /// The lane's unused slots and its inbox are for others. Slots of writes that are still under way
@@ -231,6 +233,7 @@ impl<P: Payload> Lane<P> {
             out: VecDeque::new(),
             done: VecDeque::new(),
             wants_lock: false,
+            may_draft: false,
         }
     }
 
@@ -531,6 +534,7 @@ impl<P: Payload> Lane<P> {
             }
         }
         self.start_jobs(&mut core);
+        self.may_draft = core.habit.is_formed();
         // Events for this lane itself, from releases and failures above.
         self.wants_lock |= core.has_events(self.id);
         core.count_pages(shared.stats());
