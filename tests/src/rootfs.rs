@@ -10,12 +10,14 @@ use std::process::Command;
 
 use host_shim::guest::cache_dir;
 
-/// What is in it besides the essential: what Debian's cloud images have, as far as this is about it.
-const PACKAGES: &str = "cloud-init,ifupdown,isc-dhcp-client,iproute2,openssh-server,sudo";
+/// What is in it besides the essential: what Debian's cloud images have, as far as this is about it, and
+/// clients of what a card serves.
+const PACKAGES: &str = "cloud-init,ifupdown,isc-dhcp-client,iproute2,openssh-server,sudo,\
+     curl,chrony";
 /// Where the release of this host says its name; the guest is of the same, so that the keys fit.
 const RELEASE: &str = "/etc/os-release";
 /// What an archive's name ends with; to be changed when what is in it does.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// The archive. Made when it is not in the cache, which takes a minute or two.
 ///

@@ -399,6 +399,14 @@ fn an_unreachable_host_becomes_an_icmp_error_that_quotes_the_syn() {
         error[48..52],
         [40000_u16.to_be_bytes(), 80_u16.to_be_bytes()].concat()
     );
+    // A guest that has not heard it asks again, and is told again.
+    world.others.clear();
+    world.now += Duration::from_millis(1500);
+    world.settle();
+    let flow = world.flow();
+    world.host.get(flow).fails = Some(libc::EHOSTUNREACH);
+    world.event(flow, true, true, true);
+    assert_eq!((world.stack.flow_count(), world.others.len()), (0, 1));
 }
 
 #[test]
