@@ -659,6 +659,8 @@ nsenter -t $router -n sh -e -c '
     echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
     ip route add 203.0.113.0/24 dev vrouter
     ip route add unreachable 198.51.100.0/24
+    ip route add blackhole 198.18.1.0/24
+    ip route add 198.18.2.0/24 dev vrouter mtu lock 1300
     ip -6 route add 2001:db8:2::/64 dev vrouter
 '
 ip route add default via 192.0.2.2
@@ -741,6 +743,26 @@ fn ping_and_traceroute_go_beyond_the_card_and_say_who_refuses() {
     );
     let trace6 = guest.ok("traceroute6 -n -w 5 -q 1 -m 2 2001:db8:2::9");
     assert!(trace6.contains(" 2  2001:db8:1::2 "), "{trace6}");
+
+    // Who refuses, and who says nothing. (Who says that there is no way is a unit test's: Linux limits how
+    // often a router says so, and does not hear it while it is still in the call that asks.)
+    let ended = |guest: &mut Guest, address: &str, patience: u32| {
+        let begin = Instant::now();
+        let (said, status) = guest.run(&format!("timeout {patience} nc {address} 81 </dev/null"));
+        assert_ne!(status, 0, "{address}: {said}");
+        (said, status == 143, begin.elapsed())
+    };
+    let (said, is_silent, _) = ended(&mut guest, "192.0.2.2", 30);
+    assert!(!is_silent && said.contains("refused"), "{said}");
+    let (said, is_silent, took) = ended(&mut guest, "198.18.1.1", 5);
+    assert!(
+        is_silent && took > Duration::from_secs(4),
+        "{took:?} {said}"
+    );
+
+    // A narrow place behind the router, which the guest is told of.
+    let trace = guest.ok("traceroute -n -F -w 5 -q 2 -f 3 -m 3 198.18.2.9 1400");
+    assert!(trace.contains("!F-1300"), "{trace}");
 
     drop(outside.stdin.take());
     assert!(outside.wait().expect("it ends").success());
