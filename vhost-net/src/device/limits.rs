@@ -306,6 +306,28 @@ mod tests {
     }
 
     #[test]
+    fn two_queue_pairs_have_one_limit_together() {
+        let limits = limited(DirectionSpec {
+            pps: Some(1000),
+            ..DirectionSpec::default()
+        });
+        let mut gates = [limits.rx_gate(), limits.rx_gate()];
+        let (begin, mut sent) = (Instant::now(), [0; 2]);
+        while begin.elapsed() < Duration::from_millis(200) {
+            for (gate, sent) in gates.iter_mut().zip(&mut sent) {
+                if gate.may_send(&NetHeader::default(), 60) {
+                    gate.sent();
+                    *sent += 1;
+                }
+            }
+        }
+        // 20 ms of the rate, and one frame each, may pass besides.
+        let most = begin.elapsed().as_millis() as u64 + 22;
+        assert!(sent[0] + sent[1] <= most, "{sent:?} of {most}");
+        assert!(sent[0] > 20 && sent[1] > 20, "they take turns: {sent:?}");
+    }
+
+    #[test]
     fn a_frame_that_waits_for_buffers_pays_once() {
         let limits = limited(DirectionSpec {
             pps: Some(1),

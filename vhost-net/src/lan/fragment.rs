@@ -53,7 +53,8 @@ pub fn cut(
         let field = offset as u16;
         if is_v4 {
             put(scratch, at + 2, (IPV4_LEN + part.len()) as u16);
-            put(scratch, at + 6, field / 8 | if has_more { MORE } else { 0 });
+            let more = if has_more { MORE } else { 0 };
+            put(scratch, at + 6, (field / 8) | more);
             put(scratch, at + 10, 0);
             let header = scratch.get(at..at + IPV4_LEN).unwrap_or_default();
             let sum = Sum::default().bytes(header).checksum();

@@ -89,13 +89,13 @@ fn timestamp(unix: Duration) -> [u8; 8] {
 /// The answer to a client's question that came at a time since 1970.
 fn answer(question: &[u8], unix: Duration) -> Option<[u8; HEADER_LEN]> {
     let question: &[u8; HEADER_LEN] = question.first_chunk()?;
-    let (version, mode) = (question[0] >> 3 & 7, question[0] & 7);
+    let (version, mode) = ((question[0] >> 3) & 7, question[0] & 7);
     if mode != CLIENT || !(1..=4).contains(&version) {
         return None;
     }
     let now = timestamp(unix);
     let mut answer = [0; HEADER_LEN];
-    answer[0] = version << 3 | SERVER;
+    answer[0] = (version << 3) | SERVER;
     answer[1] = STRATUM;
     // The client's interval comes back to it.
     answer[2] = question[2];
