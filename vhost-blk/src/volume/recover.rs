@@ -8,7 +8,8 @@
 //! 4. The data of the last batch: if one slot does not authenticate, the whole batch is dropped.
 //!    It was then never acknowledged: its one barrier, which covers log and data alike, cannot
 //!    have completed. This is what makes one barrier for a commit enough. If the batch before it is
-//!    a [draft](log::Ending::Draft), that was its barrier too, and the draft is the last batch now.
+//!    a [draft](log::Ending::Draft), that may have been its barrier too, and the draft is the last batch
+//!    now.
 //!    (A batch behind a draft that had no barrier has all of the draft's blocks again.)
 //! 5. What the log changes goes into the leaves, which are read for that. They stay in memory until
 //!    the next checkpoint: the budget of the process that wrote the log bounded them (see

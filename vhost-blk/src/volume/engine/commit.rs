@@ -46,10 +46,16 @@ impl Core {
     ) -> Option<Vec<JobWrite>> {
         self.session.as_ref()?;
         debug_assert!(self.commit.is_none() && self.sealed.is_empty());
-        let records = self.open.len().div_ceil(RECORD_DELTAS_MAX);
-        let rest = self.open.len() - (records - 1) * RECORD_DELTAS_MAX;
-        let blocks =
-            (records as u64 - 1) * log::record_blocks(RECORD_DELTAS_MAX) + log::record_blocks(rest);
+        let (whole, rest) = (
+            self.open.len() / RECORD_DELTAS_MAX,
+            self.open.len() % RECORD_DELTAS_MAX,
+        );
+        let blocks = whole as u64 * log::record_blocks(RECORD_DELTAS_MAX)
+            + if rest == 0 {
+                0
+            } else {
+                log::record_blocks(rest)
+            };
         let drafted = u64::from(self.draft.is_some());
         if self.log_used + drafted + blocks > self.geometry.log_blocks() {
             self.wants_checkpoint = true;
@@ -66,15 +72,17 @@ impl Core {
                     other => (None, other),
                 };
                 let deltas = self.open_deltas(draft.as_ref());
-                let mut from = draft.map_or(self.applied, |draft| draft.end);
+                let mut end = draft.map_or(self.applied, |draft| draft.end);
+                let mut seal = |batch, from, deltas: &[Delta]| {
+                    self.seal_records(batch, from, deltas, Ending::Last, sequence, &mut writes)
+                };
                 if let Some(Draft { batch, .. }) = void {
-                    from =
-                        self.seal_records(batch, from, &[], Ending::Last, sequence, &mut writes)?;
+                    end = seal(batch, end, &[])?;
                 }
-                let batch = self.next_batch;
-                self.next_batch += 1;
-                let end =
-                    self.seal_records(batch, from, &deltas, Ending::Last, sequence, &mut writes)?;
+                if !deltas.is_empty() {
+                    end = seal(self.next_batch, end, &deltas)?;
+                    self.next_batch += 1;
+                }
                 (deltas, end, drafted + blocks)
             }
         };

@@ -89,7 +89,7 @@ pub struct Core {
     pub(super) space: Space,
     pub(super) open: Deltas,
     pub(super) sealed: Deltas,
-    /// The batch that `open` will be.
+    /// The batch that `open` will be, unless all of it is in a draft.
     pub(super) next_batch: u64,
     /// The log behind the last batch that is in the map.
     pub(super) applied: LogPoint,
@@ -399,7 +399,11 @@ impl Core {
             && self.draft.as_ref().is_none_or(Draft::is_settled)
             && !self.is_poisoned
             && self.phase == Phase::Serving
-            && !self.open.is_empty()
+            && (self.draft.as_ref().is_some_and(Draft::is_void) || self.has_reason_to_commit())
+    }
+
+    fn has_reason_to_commit(&self) -> bool {
+        !self.open.is_empty()
             && (!self.flush_waiters.is_empty()
                 || (self.is_pinned_high()
                     && self.map.dirty_leaves() * 2 < self.map.touched_leaves())

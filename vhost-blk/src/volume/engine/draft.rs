@@ -11,8 +11,11 @@
 //! - If more was written, or the same again, before the flush came, the commit is the next batch
 //!   behind the draft, with everything in it, and one barrier for both. Recovery that has to drop
 //!   it takes the draft for what it is ([`recover`](crate::volume::recover)).
-//! - If the data could not be written, an empty batch takes the draft's place first: a draft that does not
-//!   authenticate would take the commit behind it along.
+//! - If the data could not be written, an empty batch takes the draft's place at once: a draft that does not
+//!   authenticate would take the commit behind it along, and one that cannot be read keep the volume
+//!   from opening.
+//! - A write that another queue's later one of the same block has overtaken is not drafted, nor are two
+//!   of one block together: all blocks of a draft that has landed are open deltas until the next commit.
 //! - Neither begins before record and data have landed: a barrier is for what has completed.
 //! - A slot that a draft names is not used again before the next commit is durable, also if its
 //!   block was written again: replaying the draft would take it from its new owner.
@@ -53,8 +56,9 @@ pub(super) struct Habit {
     /// Flushes in a row that had one small write before them.
     seen: u8,
     wanted: u8,
-    /// Writes that have landed since the last commit began.
+    /// Writes that have landed since the last commit began, and their blocks.
     writes: usize,
+    blocks: usize,
 }
 
 impl Default for Habit {
@@ -63,23 +67,27 @@ impl Default for Habit {
             seen: 0,
             wanted: HABIT,
             writes: 0,
+            blocks: 0,
         }
     }
 }
 
 impl Habit {
-    pub(super) fn note_write(&mut self) {
+    pub(super) fn note_write(&mut self, blocks: usize) {
         self.writes += 1;
+        self.blocks += blocks;
     }
 
     fn note_commit(&mut self, is_flush: bool, blocks: usize) {
-        let is_one = is_flush && self.writes == 1 && blocks <= DRAFT_BLOCKS;
+        // More than was written was discarded.
+        let is_all = self.writes == 1 && self.blocks == blocks;
+        let is_one = is_flush && is_all && blocks <= DRAFT_BLOCKS;
         self.seen = if is_one {
             self.seen.saturating_add(1)
         } else {
             0
         };
-        self.writes = 0;
+        (self.writes, self.blocks) = (0, 0);
     }
 
     pub(super) fn is_formed(&self) -> bool {
@@ -96,6 +104,11 @@ impl Draft {
     /// Record and data are where they belong, or failed.
     pub(super) fn is_settled(&self) -> bool {
         self.is_written && (self.has_landed || mutant::is(Mutant::HastyDraft))
+    }
+
+    /// Nothing has to be done about it.
+    pub(super) fn is_done(&self) -> bool {
+        self.is_settled() && !self.is_void()
     }
 
     /// The data did not land: an empty batch has to take its place.
@@ -132,12 +145,19 @@ impl Core {
         }
         let mut deltas = members
             .map(|(block, entry)| {
-                let leaf = self.map.leaf(block.0 / FANOUT).ok()?;
-                let old = leaf.entry(block.0).slot();
-                Some(Delta { block, entry, old })
+                let now = self.map.leaf(block.0 / FANOUT).ok()?.entry(block.0);
+                // A later write of the block, through another queue, may have overtaken this one
+                // and be committed: this one will never be published.
+                let is_overtaken =
+                    now.session() == entry.session() && now.sequence() > entry.sequence();
+                let old = now.slot();
+                (!is_overtaken).then_some(Delta { block, entry, old })
             })
             .collect::<Option<Vec<Delta>>>()?;
         deltas.sort_unstable_by_key(|delta| delta.block);
+        if deltas.windows(2).any(|pair| pair[0].block == pair[1].block) {
+            return None;
+        }
         let batch = self.next_batch;
         let mut writes = SmallVec::new();
         let end = self.seal_records(
@@ -218,5 +238,12 @@ impl super::Shared {
     /// Drafts every lone small write.
     pub(crate) fn draft_always(&self) {
         self.lock().habit.wanted = 0;
+    }
+
+    /// Whether the slot at a place of the backing is in use.
+    pub(crate) fn is_taken(&self, offset: u64) -> bool {
+        let slot =
+            crate::volume::geometry::Slot(offset / crate::volume::geometry::BLOCK_LEN as u64);
+        self.lock().space.is_used(slot)
     }
 }

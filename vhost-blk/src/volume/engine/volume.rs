@@ -423,7 +423,7 @@ impl Core {
     fn is_quiet(&self) -> bool {
         self.is_poisoned
             || (self.commit.is_none()
-                && self.draft.as_ref().is_none_or(Draft::is_settled)
+                && self.draft.as_ref().is_none_or(Draft::is_done)
                 && self.open.is_empty()
                 && self.checkpoint.is_none()
                 && !self.is_mirroring

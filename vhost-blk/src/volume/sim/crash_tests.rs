@@ -73,7 +73,6 @@ caught! { World::few;
     not_verifying_the_last_commit_is_noticed: SkipVerify,
     taking_a_draft_for_more_than_it_holds_is_noticed: DraftForAll,
     a_commit_before_the_data_of_its_draft_have_landed_is_noticed: HastyDraft,
-    using_a_drafted_slot_again_is_noticed: DraftSlotFree,
     acknowledging_before_the_data_landed_is_noticed: EarlyAck,
     ignoring_the_delta_ring_is_noticed: IgnoreRing,
     a_superblock_without_a_barrier_for_its_pages_is_noticed: NoPageBarrier,

@@ -126,6 +126,62 @@ fn a_draft_without_its_data_is_dropped_with_the_commit_behind_it() {
     assert_eq!(found, [Err(Failure::NotAuthentic), Ok(())]);
 }
 
+/// A draft whose block is written again: whether its slot is still taken before the commit, and after.
+fn is_taken_after_a_second_write() -> (bool, bool) {
+    let mut rig = drafting();
+    rig.write(0, 5, 1);
+    rig.turn();
+    let (data, _) = held_writes(&rig);
+    rig.run(|_| false);
+    rig.write(0, 5, 1);
+    rig.run(|_| false);
+    let is_taken = |rig: &Rig| rig.volume.shared().is_taken(data[0]);
+    let before = is_taken(&rig);
+    flush(&mut rig);
+    rig.turn();
+    (before, is_taken(&rig))
+}
+
+#[test]
+fn the_slot_of_a_draft_that_was_superseded_is_free_once_the_commit_is_durable() {
+    assert_eq!(is_taken_after_a_second_write(), (true, false));
+    mutant::set(Some(Mutant::DraftSlotFree));
+    let found = is_taken_after_a_second_write();
+    mutant::set(None);
+    assert_eq!(found, (false, false));
+}
+
+#[test]
+fn a_write_that_a_later_one_has_overtaken_is_not_drafted() {
+    let mut rig = Rig::serve(&volume_on(small_geometry()), None, 2);
+    rig.volume.shared().draft_always();
+    rig.run(|_| false);
+    rig.write(0, 5, 1);
+    rig.lanes[0].on_wake();
+    rig.lanes[0].advance();
+    rig.write(1, 5, 1);
+    while rig.step(1, |_, _| true) {}
+    rig.submit(1, Op::Flush);
+    while rig.step(1, |_, _| true) {}
+    assert_eq!(rig.done, [Ok(()); 2]);
+    rig.lanes[0].work(usize::MAX);
+    rig.turn();
+    let (data, log) = held_writes(&rig);
+    assert_eq!((data.len(), log.len()), (1, 0));
+    rig.run(|_| false);
+}
+
+#[test]
+fn two_writes_of_a_block_that_leave_together_are_not_drafted() {
+    let mut rig = drafting();
+    rig.write(0, 5, 1);
+    rig.write(0, 5, 1);
+    rig.turn();
+    let (data, log) = held_writes(&rig);
+    assert_eq!((data.len(), log.len()), (1, 0));
+    rig.run(|_| false);
+}
+
 #[test]
 fn a_draft_whose_data_could_not_be_written_costs_later_commits_nothing() {
     let mut rig = drafting();
@@ -137,17 +193,16 @@ fn a_draft_whose_data_could_not_be_written_costs_later_commits_nothing() {
     };
     let data = rig.held.iter().position(is_data).expect("a data write");
     rig.land(data, Some(EIO));
+    // Its record lands, too, and is voided without anybody asking.
+    rig.turn();
+    assert_eq!(rig.held.len(), 1);
+    rig.land(0, None);
+    rig.turn();
+    assert_eq!(held_writes(&rig).1.len(), 1);
     rig.run(|_| false);
     rig.write(0, 9, 1);
     rig.run(|_| false);
-    rig.submit(0, Op::Flush);
-    rig.turn();
-    assert_eq!(
-        held_writes(&rig).1.len(),
-        2,
-        "what voids the draft, and the commit"
-    );
-    rig.run(|_| false);
+    flush(&mut rig);
     assert_eq!(rig.done, [Err(Failure::Io(EIO)), Ok(()), Ok(())]);
     assert_eq!(read_after(rig), [Ok(()); 2]);
 }

@@ -454,7 +454,12 @@ impl World {
     fn turn(&mut self, card: &mut Card) -> Result<(), String> {
         for lane in 0..card.lanes.len() {
             card.lanes[lane].on_wake();
-            card.lanes[lane].turn();
+            if self.dice.chance(15) {
+                // What it admitted is sealed later than what others admit meanwhile.
+                card.lanes[lane].advance();
+            } else {
+                card.lanes[lane].turn();
+            }
             while let Some(io) = card.lanes[lane].next_io() {
                 let parts = match &io.kind {
                     IoKind::Write {

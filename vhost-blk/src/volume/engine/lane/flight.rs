@@ -490,7 +490,7 @@ impl<P: Payload> Lane<P> {
         for Landed { members, result } in std::mem::take(&mut self.landed) {
             has_failed |= result.is_err();
             let is_in_ring = result.is_ok() && self.append_to_ring(core, &members);
-            core.habit.note_write();
+            core.habit.note_write(members.len());
             for member in members {
                 let is_placeholder = member.entry.is_hole();
                 core.draft_landed(member.block, &member.entry, result.is_ok());

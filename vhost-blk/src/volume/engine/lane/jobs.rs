@@ -130,8 +130,8 @@ impl<P: Payload> Lane<P> {
             self.emit(FlightKind::Job(kind), IoKind::Sync(kind.barrier()));
         }
         if is_empty && let Some(index) = self.jobs.iter().position(|job| job.kind == kind) {
-            // Not `next_step`, which may want the lock that the caller has: only a checkpoint of no
-            // pages, of a volume that grows, comes here.
+            // Not `next_step`, which may want the lock that the caller has: a commit that was drafted,
+            // and a checkpoint of no pages of a volume that grows, come here.
             self.jobs[index].left = 1;
             self.barrier(index, Step::Barrier);
         }
