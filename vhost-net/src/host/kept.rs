@@ -20,6 +20,17 @@ fn set_option(fd: BorrowedFd<'_>, option: libc::c_int, value: libc::c_int) -> io
     result(done as isize).map(drop)
 }
 
+/// Leaves out the first `count` bytes.
+fn advance(parts: &mut [libc::iovec], mut count: usize) {
+    for part in parts {
+        let len = part.iov_len.min(count);
+        // Within the part, or just behind it, where nothing is left to be written.
+        part.iov_base = part.iov_base.wrapping_byte_add(len);
+        part.iov_len -= len;
+        count -= len;
+    }
+}
+
 /// A socket that keeps its bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Peeking {
@@ -57,13 +68,32 @@ impl Peeking {
                 iov_len: guard.len(),
             })
             .collect();
+        let wanted: usize = parts.iter().map(|part| part.iov_len).sum();
+        let mut found = self.peek_once(fd, &mut parts)?;
+        let mut read = found;
+        // The kernel ends a read in front of an urgent byte, even of one that is part of the stream, and
+        // does so for as long as the byte is only looked at.
+        while found > 0 && read < wanted {
+            advance(&mut parts, found);
+            found = match self.peek_once(fd, &mut parts) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                found => found?,
+            };
+            read += found;
+        }
+        Ok(read)
+    }
+
+    /// Looks from where the kernel looks next.
+    fn peek_once(&mut self, fd: &OwnedFd, parts: &mut [libc::iovec]) -> io::Result<usize> {
         // SAFETY: all-zero bytes are a valid `msghdr`: numbers, and pointers that are null.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = parts.as_mut_ptr();
         message.msg_iovlen = parts.len() as _;
         // SAFETY: the descriptor is open; the message has no name and no control part, and its parts
-        // are the slices, which are valid for writing as long as the guards live. Who else writes to
-        // them writes to memory that is shared anyway, and no reference to it exists.
+        // are what is left of the slices of `peek`, our only caller, which are valid for writing as
+        // long as its guards live. Who else writes to them writes to memory that is shared anyway, and
+        // no reference to it exists.
         let read =
             unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, MSG_PEEK | MSG_DONTWAIT) };
         let read = result(read)?;
@@ -149,14 +179,18 @@ mod tests {
             return;
         };
         use rustix::net::{SendFlags, send};
-        send(&far, b"ab", SendFlags::OOB).unwrap();
-        send(&far, b"cd", SendFlags::empty()).unwrap();
-        while rustix::io::ioctl_fionread(&fd).unwrap() < 4 {
+        send(&far, b"ab", SendFlags::empty()).unwrap();
+        send(&far, b"c", SendFlags::OOB).unwrap();
+        send(&far, b"de", SendFlags::empty()).unwrap();
+        while rustix::io::ioctl_fionread(&fd).unwrap() < 5 {
             std::thread::yield_now();
         }
-        let mut all = look(&mut peeking, &fd, 0, 4);
-        let rest = 4 - all.len();
-        all.extend(look(&mut peeking, &fd, 4 - rest, rest));
-        assert_eq!(all, b"abcd");
+        // As often as they are looked at; what is not there is not waited for.
+        for len in [5, 5, 4, 9] {
+            assert_eq!(look(&mut peeking, &fd, 0, len), b"abcde"[..len.min(5)]);
+        }
+        assert_eq!(look(&mut peeking, &fd, 2, 3), b"cde");
+        assert_eq!(peeking.discard(&fd, 2).unwrap(), 2);
+        assert_eq!(look(&mut peeking, &fd, 0, 3), b"cde");
     }
 }
