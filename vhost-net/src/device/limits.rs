@@ -220,6 +220,17 @@ impl RxGate {
         self.is_paid = false;
     }
 
+    /// It is lost, or goes another way. What it took of the limit stays taken.
+    pub(super) fn forget(&mut self) {
+        while self.gate.next_unlimited().is_some() {}
+        self.is_paid = false;
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_paid(&self) -> bool {
+        self.is_paid
+    }
+
     /// When [`Self::may_send`] is to be asked again.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.gate.deadline()
@@ -342,6 +353,26 @@ mod tests {
             gate.sent();
         }
         assert!(gate.deadline().is_some());
+    }
+
+    #[test]
+    fn a_frame_that_is_forgotten_is_not_waited_for_nor_has_it_paid_for_the_next() {
+        let limits = limited(DirectionSpec {
+            pps: Some(1),
+            ..DirectionSpec::default()
+        });
+        let mut gate = limits.rx_gate();
+        let header = NetHeader::default();
+        // Its turn has come.
+        assert!(gate.may_send(&header, 60));
+        gate.forget();
+        while gate.may_send(&header, 60) {
+            gate.sent();
+        }
+        assert!(gate.deadline().is_some());
+        gate.forget();
+        assert_eq!(gate.deadline(), None);
+        assert!(!gate.may_send(&header, 60));
     }
 
     #[test]

@@ -114,6 +114,7 @@ impl RxSide {
     /// Forgets what waits.
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
+        self.gate.forget();
     }
 
     /// The rings are about to be published.
@@ -161,7 +162,12 @@ impl RxWire<'_, '_> {
     pub(super) fn flush(&mut self) {
         while let Some((header, frame)) = self.side.waiting.pop_front() {
             let has_gone = match self.detour() {
-                Some(link) => link.has_room_to_guest() && link.to_guest(header, &frame),
+                Some(link) => {
+                    let has_gone = link.has_room_to_guest() && link.to_guest(header, &frame);
+                    // Pair 0 holds it to the limits.
+                    self.side.gate.forget();
+                    has_gone
+                }
                 None => self.may_place(header, &frame),
             };
             if !has_gone {
@@ -375,6 +381,13 @@ impl Wire for RxWire<'_, '_> {
             self.send(header, &frame);
         } else {
             self.side.shared.stats.overruns.inc();
+            if self.side.waiting.is_empty() {
+                // The gate was asked for this one, for which nobody will ask again.
+                self.side.gate.forget();
+            }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
