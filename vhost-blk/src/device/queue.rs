@@ -37,6 +37,11 @@ use crate::volume::engine::{Failure, Lane, Op, Payload};
 /// piece has: some 30 µs. With few, what is done is told to the guest, and what the guest asks
 /// then gets to the disk, while the rest is still being worked on; with many, fewer notifications.
 const WORK_BLOCKS: usize = 32;
+/// The same at least, in memory, where nothing but this keeps a round from taking all that a queue
+/// has: then guest and card take turns, and whoever's it is not sleeps. A quarter of the requests is
+/// enough for the guest to be at work when the next quarter is done (4 KiB random reads in tmpfs,
+/// depth 32: 209,000 a second with 32, 350,000 with 8; at depth 128 32 is better by a tenth).
+const WORK_BLOCKS_MIN: usize = 8;
 
 /// Latencies of one queue, from popping a chain to its status; what throttled requests wait before
 /// is shown apart.
@@ -113,12 +118,21 @@ impl BlockQueue {
         }
     }
 
+    /// Blocks of this round.
+    fn quantum(&self) -> usize {
+        if self.driver.is_immediate() {
+            (self.held.len() / 4).clamp(WORK_BLOCKS_MIN, WORK_BLOCKS)
+        } else {
+            WORK_BLOCKS
+        }
+    }
+
     /// Whether there was any to submit. What is done at once counts as work, of which a round does
     /// only so much.
-    fn start_io(&mut self, io: &mut QueueIo<'_>) -> bool {
+    fn start_io(&mut self, quantum: usize, io: &mut QueueIo<'_>) -> bool {
         let mut has_some = false;
         let mut moved = 0;
-        while moved < WORK_BLOCKS
+        while moved < quantum
             && let Some(op) = self.lane.next_io()
         {
             match self.driver.start(op, self.lane.has_io()) {
@@ -423,14 +437,15 @@ impl QueueHandler for BlockQueue {
             self.start_waiting(waiting, io);
         }
         self.lane.advance();
+        let quantum = self.quantum();
         // Also without blocks if the operations bring some at once.
-        if (self.driver.is_immediate() || self.lane.has_blocks()) && self.start_io(io) {
+        if (self.driver.is_immediate() || self.lane.has_blocks()) && self.start_io(quantum, io) {
             // The disk can work meanwhile.
             io.submit();
         }
         // Also without blocks: writes that were gathered leave when one before them has landed.
-        self.lane.work(WORK_BLOCKS);
-        self.start_io(io);
+        self.lane.work(quantum);
+        self.start_io(quantum, io);
         while let Some(done) = self.lane.next_done() {
             self.end(&done.payload, done.result, io);
         }
