@@ -29,6 +29,8 @@ use crate::stack::{Read, Wire, gathered};
 const WAITING_MAX: usize = 256;
 /// Buffers of one frame, at most: 64 KiB in buffers of 256 bytes, as small as anyone's are.
 const BUFFERS_MAX: usize = 260;
+/// Pieces of memory that the kernel fills in one go, at most (UIO_MAXIOV).
+const PIECES_MAX: usize = 1024;
 
 /// Copies device-readable segments into one piece. `None`: more than fits, or not in memory.
 pub(super) fn gather<'b>(
@@ -255,11 +257,15 @@ impl RxWire<'_, '_> {
             }
             written.push(of_chain);
         }
-        if !is_there || !read(&places) {
-            // The guest has taken memory away, or the host's socket has failed.
+        let is_in_crumbs = places.len() > PIECES_MAX;
+        if is_in_crumbs || !is_there || !read(&places) {
             while let Some(chain) = chains.pop() {
                 self.io.unpop(chain.token);
             }
+            if is_in_crumbs {
+                return false;
+            }
+            // The guest has taken memory away, or the host's socket has failed.
             self.side.shared.stats.overruns.inc();
             return true;
         }

@@ -36,7 +36,7 @@ impl Device for OneJob {
         1
     }
     fn queue_size_max(&self) -> u16 {
-        1024
+        2048
     }
     fn config(&self) -> Vec<u8> {
         Vec::new()
@@ -203,4 +203,45 @@ fn a_frame_that_goes_round_through_pair_0_is_not_waited_for() {
         assert!(side.waiting.is_empty());
         assert_eq!(side.deadline(), None);
     });
+}
+
+#[test]
+fn a_frame_for_more_pieces_than_the_kernel_fills_at_once_is_put_there_by_hand() {
+    let ram = GuestRam::new(4 << 20);
+    let mut driver = DriverQueue::new(&ram, 2048, VERSION_1);
+    // Room for the headers, then crumbs of which none touches the next.
+    let front = ram.alloc(66, 8);
+    let crumbs: Vec<_> = (0..1500).map(|_| ram.alloc(4, 16)).collect();
+    let len = 4 * crumbs.len();
+    driver.add(&[Buffer::writable(front, 66)]).unwrap();
+    for some in crumbs.chunks(500) {
+        let some: Vec<_> = some.iter().map(|&at| Buffer::writable(at, 4)).collect();
+        driver.add(&some).unwrap();
+    }
+    let device = device(1, DirectionSpec::default());
+    let mut side = side(&device, 0);
+    on_queue(&mut driver, move |io| {
+        let mut read = |places: &[VolatileSlice<'_>]| {
+            let mut byte = 0_u8;
+            for place in places {
+                for at in 0..place.len() {
+                    place.write_obj(byte, at).unwrap();
+                    byte = byte.wrapping_add(1);
+                }
+            }
+            // As recvmsg(2): EMSGSIZE.
+            places.len() <= 1024
+        };
+        let mut wire = side.wire(io);
+        wire.send_from(NetHeader::default(), &HEAD, len, &mut read);
+        assert!(wire.has_room());
+    });
+    assert_eq!(device.stats().overruns.get(), 0);
+    let used: Vec<_> = std::iter::from_fn(|| driver.poll_used()).collect();
+    let written: Vec<_> = used.iter().map(|used| used.written).collect();
+    assert_eq!(written, [66, 2000, 2000, 2000]);
+    assert_eq!(ram.read(front + 12, HEAD.len()), HEAD);
+    let got: Vec<u8> = crumbs.iter().flat_map(|&at| ram.read(at, 4)).collect();
+    let expected: Vec<u8> = (0..len).map(|n| n as u8).collect();
+    assert!(got == expected);
 }
