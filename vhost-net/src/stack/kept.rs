@@ -23,7 +23,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
-use super::Host;
+use super::{Host, is_temporary};
 
 /// Acknowledged bytes from which on they are dropped while others are still to be acknowledged. Less
 /// than the smallest window that a kernel opens by itself.
@@ -64,7 +64,8 @@ impl Kept {
         self.len >= left + DROP_MIN || left == 0 && self.len > 0
     }
 
-    /// Drops what smoltcp holds no more, of which it holds `left` bytes still.
+    /// Drops what smoltcp holds no more, of which it holds `left` bytes still. What the host cannot drop
+    /// now is dropped with the next.
     pub(super) fn drop_to<H: Host>(
         &mut self,
         left: usize,
@@ -72,7 +73,10 @@ impl Kept {
         host: &mut H,
     ) -> io::Result<()> {
         while self.len > left {
-            let dropped = host.discard(flow, self.len - left)?;
+            let dropped = match host.discard(flow, self.len - left) {
+                Err(error) if is_temporary(&error) => break,
+                dropped => dropped?,
+            };
             if dropped == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

@@ -109,6 +109,12 @@ pub(crate) fn gathered(head: &[u8], len: usize, read: Read<'_>) -> Option<Vec<u8
     read(&[VolatileSlice::from(rest)]).then_some(frame)
 }
 
+/// Whether what the host cannot do now it may do later.
+fn is_temporary(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted)
+}
+
 /// What kind of socket a flow needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

@@ -38,7 +38,7 @@ use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use super::kept::{Kept, Payload};
 use super::{
     Bench, Claim, Event, Flow, Host, Kind, Locals, Opened, Port, Route, Stack, Turn, Unreachable,
-    Wire, after, smoltcp_time, unreachable,
+    Wire, after, is_temporary, smoltcp_time, unreachable,
 };
 use crate::frame::{Frame, Packet, Transport};
 use crate::local::{FlowKey, TcpService};
@@ -587,11 +587,6 @@ fn segments_max(is_alone: bool) -> usize {
     } else {
         SEGMENTS_SHARED
     }
-}
-
-fn is_temporary(error: &io::Error) -> bool {
-    use io::ErrorKind::{Interrupted, WouldBlock};
-    matches!(error.kind(), WouldBlock | Interrupted)
 }
 
 /// Whether the guest has ended its half and all of it was taken.

@@ -46,6 +46,8 @@ struct FakeSocket {
     has_ended: bool,
     /// What it receives stays there until it is dropped.
     is_keeping: bool,
+    /// It cannot drop anything now.
+    is_stuck: bool,
     fails: Option<i32>,
     /// Room for what is sent.
     room: usize,
@@ -151,7 +153,11 @@ impl Host for FakeHost {
         Ok(read)
     }
     fn discard(&mut self, flow: usize, count: usize) -> io::Result<usize> {
-        Ok(self.get(flow).inbox.drain(..count).count())
+        let socket = self.get(flow);
+        if socket.is_stuck {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(socket.inbox.drain(..count).count())
     }
     fn send(&mut self, flow: usize, bytes: &[u8]) -> io::Result<usize> {
         let socket = self.get(flow);

@@ -111,3 +111,23 @@ fn a_socket_that_fails_while_it_is_looked_into_resets_the_guest() {
     assert_eq!(world.state(handle), State::Closed);
     assert_eq!(world.stack.flow_count(), 0);
 }
+
+#[test]
+fn what_cannot_be_dropped_now_is_dropped_with_the_next() {
+    let (mut world, handle, flow) = connected();
+    world.host.get(flow).is_stuck = true;
+    let mut got = Vec::new();
+    for n in 1..=2 {
+        world.host.get(flow).inbox.extend([n; 100]);
+        world.event(flow, true, true, false);
+        take(&mut world, handle, &mut got);
+        // The guest's last acknowledgement is a delayed one.
+        world.now += Duration::from_millis(20);
+        world.settle();
+        assert_eq!(world.state(handle), State::Established);
+        let kept = if n == 1 { 100 } else { 0 };
+        assert_eq!(world.host.get(flow).inbox.len(), kept);
+        world.host.get(flow).is_stuck = false;
+    }
+    assert_eq!(got, [[1; 100], [2; 100]].concat());
+}
