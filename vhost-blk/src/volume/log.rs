@@ -119,6 +119,15 @@ pub const fn record_blocks(deltas: usize) -> u64 {
     (HEADER_LEN + deltas * DELTA_LEN).div_ceil(BLOCK_LEN) as u64
 }
 
+/// Ring blocks that a batch of `deltas` deltas takes.
+pub const fn batch_blocks(deltas: usize) -> u64 {
+    let whole = (deltas / RECORD_DELTAS_MAX) as u64 * record_blocks(RECORD_DELTAS_MAX);
+    match deltas % RECORD_DELTAS_MAX {
+        0 => whole,
+        rest => whole + record_blocks(rest),
+    }
+}
+
 fn associated(header: &[u8], id: &VolumeId, chain: &Tag) -> [u8; TAG_AT + 16 + TAG_LEN] {
     let mut data = [0; TAG_AT + 16 + TAG_LEN];
     data[..TAG_AT].copy_from_slice(&header[..TAG_AT]);

@@ -11,8 +11,6 @@
 //!
 //! Flushes that arrive meanwhile share the next commit.
 
-use smallvec::SmallVec;
-
 use super::core::{Core, Deltas, Event};
 use super::draft::Draft;
 use super::{Failure, JobWrite};
@@ -46,39 +44,28 @@ impl Core {
     ) -> Option<Vec<JobWrite>> {
         self.session.as_ref()?;
         debug_assert!(self.commit.is_none() && self.sealed.is_empty());
-        let (whole, rest) = (
-            self.open.len() / RECORD_DELTAS_MAX,
-            self.open.len() % RECORD_DELTAS_MAX,
-        );
-        let blocks = whole as u64 * log::record_blocks(RECORD_DELTAS_MAX)
-            + if rest == 0 {
-                0
-            } else {
-                log::record_blocks(rest)
-            };
+        let blocks = log::batch_blocks(self.open.len());
         let drafted = u64::from(self.draft.is_some());
         if self.log_used + drafted + blocks > self.geometry.log_blocks() {
             self.wants_checkpoint = true;
             return None;
         }
-        self.note_commit(!self.flush_waiters.is_empty());
-        let mut writes = SmallVec::new();
-        let (deltas, end, blocks) = match self.take_draft() {
-            Some(Ok((deltas, end))) => (deltas, end, drafted),
+        let is_flush = !self.flush_waiters.is_empty();
+        self.habit.note_commit(is_flush, self.open.len());
+        let mut writes = Vec::new();
+        let (deltas, end, blocks) = match self.draft.take() {
+            Some(draft) if draft.is_all_of(&self.open) => (draft.deltas, draft.end, drafted),
             draft => {
-                let draft = draft.and_then(Result::err);
-                let (void, draft): (Option<Draft>, Option<Draft>) = match draft {
-                    Some(draft) if draft.is_void() => (Some(draft), None),
-                    other => (None, other),
-                };
-                let deltas = self.open_deltas(draft.as_ref());
-                let mut end = draft.map_or(self.applied, |draft| draft.end);
+                let is_void = draft.as_ref().is_some_and(Draft::is_void);
+                let deltas = self.open_deltas(draft.as_ref().filter(|_| !is_void));
                 let mut seal = |batch, from, deltas: &[Delta]| {
                     self.seal_records(batch, from, deltas, Ending::Last, sequence, &mut writes)
                 };
-                if let Some(Draft { batch, .. }) = void {
-                    end = seal(batch, end, &[])?;
-                }
+                let mut end = match draft {
+                    Some(draft) if is_void => seal(draft.batch, self.applied, &[])?,
+                    Some(draft) => draft.end,
+                    None => self.applied,
+                };
                 if !deltas.is_empty() {
                     end = seal(self.next_batch, end, &deltas)?;
                     self.next_batch += 1;
@@ -101,7 +88,7 @@ impl Core {
             ring: self.ring.as_ref().map(|ring| ring.mark()),
             ring_only: std::mem::take(&mut self.ring_only),
         });
-        Some(writes.into_vec())
+        Some(writes)
     }
 
     /// What is open, as a commit behind `draft` writes it.
@@ -135,7 +122,7 @@ impl Core {
         deltas: &[Delta],
         ending: Ending,
         sequence: &mut dyn FnMut() -> u64,
-        writes: &mut SmallVec<[JobWrite; 2]>,
+        writes: &mut Vec<JobWrite>,
     ) -> Option<LogPoint> {
         let (session_id, session) = self.session.as_ref()?;
         let mut end = LogPoint { batch, ..from };

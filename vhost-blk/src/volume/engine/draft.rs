@@ -24,12 +24,10 @@
 //! fraction of a record each; and asking the disk for FUA instead of a barrier, which covers the record
 //! but not the data before it.
 
-use smallvec::SmallVec;
-
 use super::JobWrite;
-use super::core::{Core, Phase};
+use super::core::{Core, Deltas, Phase};
 use crate::volume::entry::Entry;
-use crate::volume::geometry::{Block, FANOUT};
+use crate::volume::geometry::{Block, FANOUT, Slot};
 use crate::volume::log::{Delta, Ending};
 use crate::volume::mutant::{self, Mutant};
 use crate::volume::recover::LogPoint;
@@ -41,7 +39,7 @@ const HABIT: u8 = 3;
 
 /// See the module.
 pub(super) struct Draft {
-    deltas: Vec<Delta>,
+    pub(super) deltas: Vec<Delta>,
     pub(super) batch: u64,
     /// The log behind it.
     pub(super) end: LogPoint,
@@ -78,7 +76,8 @@ impl Habit {
         self.blocks += blocks;
     }
 
-    fn note_commit(&mut self, is_flush: bool, blocks: usize) {
+    /// A commit begins; `is_flush`: because somebody waits for it.
+    pub(super) fn note_commit(&mut self, is_flush: bool, blocks: usize) {
         // More than was written was discarded.
         let is_all = self.writes == 1 && self.blocks == blocks;
         let is_one = is_flush && is_all && blocks <= DRAFT_BLOCKS;
@@ -116,8 +115,15 @@ impl Draft {
         self.has_failed && !mutant::is(Mutant::KeepFailedDraft)
     }
 
+    /// Whether it is all that a commit of `open` has to write.
+    pub(super) fn is_all_of(&self, open: &Deltas) -> bool {
+        let is_open = |delta: &Delta| open.get(&delta.block.0) == Some(&delta.entry);
+        let is_all = self.deltas.len() == open.len() && self.deltas.iter().all(is_open);
+        !self.has_failed && (is_all || mutant::is(Mutant::DraftForAll))
+    }
+
     /// The slot of a block in it.
-    pub(super) fn slot_of(&self, block: u64) -> Option<crate::volume::geometry::Slot> {
+    pub(super) fn slot_of(&self, block: u64) -> Option<Slot> {
         let mut deltas = self.deltas.iter();
         let found = deltas.find(|delta| delta.block.0 == block);
         found.map(|delta| delta.entry.slot())
@@ -159,7 +165,7 @@ impl Core {
             return None;
         }
         let batch = self.next_batch;
-        let mut writes = SmallVec::new();
+        let mut writes = Vec::new();
         let end = self.seal_records(
             batch,
             self.applied,
@@ -208,28 +214,6 @@ impl Core {
     pub(super) fn is_drafted(&self, block: Block, entry: &Entry) -> bool {
         let draft = self.draft.as_ref();
         draft.is_some_and(|draft| draft.names(block.0, entry)) && !mutant::is(Mutant::DraftSlotFree)
-    }
-
-    /// Takes the draft for a commit of all open deltas. `Ok`: it is all that the commit has to write.
-    pub(super) fn take_draft(&mut self) -> Option<Result<(Vec<Delta>, LogPoint), Draft>> {
-        let draft = self.draft.take()?;
-        let is_whole = draft.deltas.len() == self.open.len()
-            && draft.deltas.iter().all(|delta| {
-                let open = self.open.get(&delta.block.0);
-                open == Some(&delta.entry)
-            });
-        let is_whole = is_whole || mutant::is(Mutant::DraftForAll);
-        Some(if is_whole && !draft.has_failed {
-            Ok((draft.deltas, draft.end))
-        } else {
-            Err(draft)
-        })
-    }
-
-    /// A commit begins; `is_flush`: because somebody waits for it.
-    pub(super) fn note_commit(&mut self, is_flush: bool) {
-        let blocks = self.open.len();
-        self.habit.note_commit(is_flush, blocks);
     }
 }
 
