@@ -137,16 +137,6 @@ impl RxSide {
 
 type Chains = SmallVec<[Chain; 20]>;
 
-/// What buffers there are for a frame.
-enum Buffers {
-    /// They suffice.
-    Enough,
-    /// There are too few now.
-    NotNow,
-    /// It fits in no buffers that the guest has: the frame is lost, and was counted.
-    NeverEnough,
-}
-
 /// A receive queue to send to.
 pub(super) struct RxWire<'a, 'io> {
     side: &'a mut RxSide,
@@ -190,19 +180,12 @@ impl RxWire<'_, '_> {
 
     /// Puts a frame into the guest's buffers; false, and nothing done, if they do not suffice.
     fn place(&mut self, header: NetHeader, frame: &[u8]) -> bool {
-        let mut chains = Chains::new();
-        match self.take(frame.len(), &mut chains) {
-            Buffers::Enough => {}
-            Buffers::NeverEnough => return true,
-            Buffers::NotNow => return false,
-        }
+        let chains = match self.take(frame.len()) {
+            Ok(chains) => chains,
+            Err(is_lost) => return is_lost,
+        };
         let header = self.header_bytes(header, chains.len());
-        let mut parts = [
-            header
-                .get(..self.side.negotiated.header_len)
-                .unwrap_or(&header),
-            frame,
-        ];
+        let mut parts = [&header[..], frame];
         for chain in chains {
             let mut written = 0;
             for segment in &chain.writable {
@@ -220,19 +203,12 @@ impl RxWire<'_, '_> {
     /// guest's buffers. False, too, if they are not such that it can.
     fn place_from(&mut self, header: NetHeader, head: &[u8], len: usize, read: Read<'_>) -> bool {
         let total = head.len() + len;
-        let mut chains = Chains::new();
-        match self.take(total, &mut chains) {
-            Buffers::Enough => {}
-            Buffers::NeverEnough => return true,
-            Buffers::NotNow => return false,
-        }
+        let mut chains = match self.take(total) {
+            Ok(chains) => chains,
+            Err(is_lost) => return is_lost,
+        };
         let header = self.header_bytes(header, chains.len());
-        let mut parts = [
-            header
-                .get(..self.side.negotiated.header_len)
-                .unwrap_or(&header),
-            head,
-        ];
+        let mut parts = [&header[..], head];
         let memory = Arc::clone(self.io.memory());
         let mut places: SmallVec<[VolatileSlice<'_>; 24]> = SmallVec::new();
         let mut left = len;
@@ -277,17 +253,21 @@ impl RxWire<'_, '_> {
         true
     }
 
-    /// The virtio-net header of a frame in so many buffers.
-    fn header_bytes(&self, header: NetHeader, buffers: usize) -> [u8; HEADER_LEN] {
+    /// The virtio-net header of a frame in so many buffers, as long as was negotiated.
+    fn header_bytes(&self, header: NetHeader, buffers: usize) -> SmallVec<[u8; HEADER_LEN]> {
         let header = NetHeader {
             num_buffers: buffers as u16,
             ..header
         };
-        header.to_bytes()
+        let mut bytes = SmallVec::from_buf(header.to_bytes());
+        bytes.truncate(self.side.negotiated.header_len);
+        bytes
     }
 
-    /// Takes buffers for a frame of so many bytes.
-    fn take(&mut self, len: usize, chains: &mut Chains) -> Buffers {
+    /// Takes buffers for a frame of so many bytes. `Err`: there are too few now, or, if true, the frame
+    /// fits in none that the guest has; it is lost then, and was counted.
+    fn take(&mut self, len: usize) -> Result<Chains, bool> {
+        let mut chains = Chains::new();
         let needed = self.side.negotiated.header_len + len;
         let mut room = 0;
         while room < needed {
@@ -322,13 +302,9 @@ impl RxWire<'_, '_> {
             if !is_hopeless {
                 self.io.want(self.side.queue);
             }
-            return if is_hopeless {
-                Buffers::NeverEnough
-            } else {
-                Buffers::NotNow
-            };
+            return Err(is_hopeless);
         }
-        Buffers::Enough
+        Ok(chains)
     }
 }
 
